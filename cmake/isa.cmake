@@ -1,0 +1,23 @@
+# One kernel text (src/cpu/kernels.inl), compiled once for each instruction set. cpu/dispatch.cpp
+# picks at load. Every build gives the same bits: the texts fix the order of every sum.
+set(MOEFUSE_ISAS plain)
+set(MOEFUSE_FLAGS_plain "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND MOEFUSE_ISAS avx2 avx512)
+  set(MOEFUSE_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(MOEFUSE_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c
+      -mprefer-vector-width=512)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+  list(APPEND MOEFUSE_ISAS neon)
+  set(MOEFUSE_FLAGS_neon -march=armv8.2-a+dotprod+fp16)
+endif()
+
+set(MOEFUSE_ISA_OBJECTS)
+foreach(isa ${MOEFUSE_ISAS})
+  add_library(moefuse_${isa} OBJECT src/cpu/isa_${isa}.cpp)
+  target_include_directories(moefuse_${isa} PRIVATE src include)
+  target_compile_options(moefuse_${isa} PRIVATE -O3 ${MOEFUSE_FLAGS_${isa}} -Wno-psabi)
+  list(APPEND MOEFUSE_ISA_OBJECTS $<TARGET_OBJECTS:moefuse_${isa}>)
+  string(TOUPPER ${isa} name)
+  add_compile_definitions(MOEFUSE_HAS_${name})
+endforeach()
