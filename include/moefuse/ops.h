@@ -1,0 +1,100 @@
+// Fused Mixture-of-Experts operations on MLX arrays.
+//
+// Every op that rounds takes the arithmetic as a named choice:
+//   exact        the bits of the stock MLX graph on the same device;
+//   fp32_no_fma  dot products in fp32, the combine's product and sum rounded separately in fp32,
+//                one cast to the activation dtype at the end;
+//   fp32         as fp32_no_fma, with fused multiply-adds where the hardware has them.
+// The two fp32 forms on CPU carry bfloat16 and float16 activations on a per-group integer grid;
+// its error bound stands in src/cpu/grid.inl. All three give the same bits on every instruction
+// set and for every number of threads.
+//
+// Bad input throws std::invalid_argument "[op] tensor: expected ..., got ..."; an expert index that
+// is out of range is found when the array is evaluated and throws from there.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "mlx/array.h"
+#include "mlx/utils.h"
+
+namespace moefuse {
+
+namespace mx = mlx::core;
+
+enum class Accumulate : uint8_t { exact, fp32_no_fma, fp32 };
+enum class Scoring : uint8_t { softmax, sigmoid };
+enum class RouterMode : uint8_t { exact, logits };
+
+// Throw std::invalid_argument with the list of names on an unknown one.
+Accumulate accumulate_from(const std::string& name);
+Scoring scoring_from(const std::string& name);
+RouterMode router_mode_from(const std::string& name);
+std::string to_string(Accumulate accumulate);
+
+// An affine-quantised stack of expert matrices: weight uint32 [E, N, K * bits / 32], scales and
+// biases [E, N, K / group_size] of the activation dtype.
+struct QuantizedExperts {
+  mx::array weight;
+  mx::array scales;
+  mx::array biases;
+};
+
+struct RouterOptions {
+  Scoring scoring = Scoring::softmax;
+  bool norm_topk_prob = true;
+  float scaling_factor = 1.0f;
+  int n_group = 1;
+  int topk_group = 1;
+  RouterMode mode = RouterMode::exact;
+};
+
+// Top-k experts of each row of logits [..., E] and their weights: (indices uint32, weights), both
+// [..., k], k <= 16. Weights have the dtype of logits for softmax and float32 for sigmoid.
+//
+// mode exact reproduces the stock graphs of mlx-lm (softmax then argpartition for Qwen3-MoE,
+// sigmoid with correction_bias and group selection for GLM), the order inside the top k included.
+// mode logits, softmax only, selects on the logits and normalises over the selected in fp32.
+std::pair<mx::array, mx::array> moe_router_argpartition_logits_topk(
+    const mx::array& logits, int k, const RouterOptions& options = {},
+    const std::optional<mx::array>& correction_bias = std::nullopt, mx::StreamOrDevice s = {});
+
+// sum_i y[..., i, :] * weights[..., i]: y [..., k, D], weights [..., k] -> [..., D] of y's dtype.
+// exact multiplies and adds in the promoted dtype of y and weights, as the stock graph does.
+mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::array& weights,
+                                               Accumulate accumulate = Accumulate::fp32_no_fma,
+                                               mx::StreamOrDevice s = {});
+
+// The experts of a MoE block in one primitive: for every row of x [..., H] and each of its k
+// experts, silu(gate x) * (up x), then down, then the weighted sum over the k -> [..., D].
+// gate and up are [E, I, H], down is [E, D, I]; indices integer [..., k], weights [..., k], k <= 16.
+mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const QuantizedExperts& gate,
+                                                 const QuantizedExperts& up,
+                                                 const QuantizedExperts& down,
+                                                 const mx::array& indices, const mx::array& weights,
+                                                 Accumulate accumulate = Accumulate::fp32_no_fma,
+                                                 int group_size = 64, int bits = 4,
+                                                 mx::StreamOrDevice s = {});
+
+// silu(gather_qmm(x, gate)) * gather_qmm(x, up), with gather_qmm's batching: x [..., M, K], indices
+// broadcast against each other -> indices.shape + [M, N].
+mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
+                            const QuantizedExperts& up,
+                            const std::optional<mx::array>& lhs_indices = std::nullopt,
+                            const std::optional<mx::array>& rhs_indices = std::nullopt,
+                            bool transpose = true, int group_size = 64, int bits = 4,
+                            const std::string& mode = "affine",
+                            Accumulate accumulate = Accumulate::exact, mx::StreamOrDevice s = {});
+
+// How often each op was evaluated by a fused kernel, keyed "op/arithmetic", and how often a stock
+// graph stood in for it, keyed "op/stock: reason". Counted over the life of the process.
+std::map<std::string, int64_t> op_counters();
+
+// Name of the CPU instruction set in use, for example "avx512".
+std::string cpu_isa();
+
+}  // namespace moefuse

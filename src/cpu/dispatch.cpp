@@ -1,0 +1,67 @@
+// Picks the kernel table once, by what the processor has.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cpu/tables.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace moefuse::cpu {
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> tables;
+#ifdef MOEFUSE_HAS_AVX512
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    tables.push_back(&kAvx512);
+#endif
+#ifdef MOEFUSE_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2);
+#endif
+#ifdef MOEFUSE_HAS_NEON
+  tables.push_back(&kNeon);
+#endif
+  tables.push_back(&kPlain);
+  return tables;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    auto tables = available_kernels();
+    const char* wanted = std::getenv("MOEFUSE_ISA");
+    if (!wanted || !*wanted) return *tables.front();
+    std::string names;
+    for (const Kernels* table : tables) {
+      if (std::string(wanted) == table->isa) return *table;
+      names += std::string(names.empty() ? "" : ", ") + table->isa;
+    }
+    throw std::invalid_argument("[moefuse] MOEFUSE_ISA: expected one of " + names + ", got " +
+                                wanted);
+  }();
+  return chosen;
+}
+
+int num_threads() {
+  static const int threads = [] {
+    if (const char* text = std::getenv("MOEFUSE_NUM_THREADS"); text && *text) {
+      char* end = nullptr;
+      long n = std::strtol(text, &end, 10);
+      if (*end || n < 1 || n > 1024)
+        throw std::invalid_argument(
+            std::string("[moefuse] MOEFUSE_NUM_THREADS: expected 1 to 1024, got ") + text);
+      return static_cast<int>(n);
+    }
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+  }();
+  return threads;
+}
+
+}  // namespace moefuse::cpu
