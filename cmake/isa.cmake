@@ -1,4 +1,4 @@
-# One kernel text (src/cpu/kernels.inl), compiled once for each instruction set. cpu/dispatch.cpp
+# One kernel table (src/cpu/isa.cpp), compiled once for each instruction set. cpu/dispatch.cpp
 # picks at load. Every build gives the same bits: the texts fix the order of every sum.
 set(MOEFUSE_ISAS plain)
 set(MOEFUSE_FLAGS_plain "")
@@ -14,7 +14,8 @@ endif()
 
 set(MOEFUSE_ISA_OBJECTS)
 foreach(isa ${MOEFUSE_ISAS})
-  add_library(moefuse_${isa} OBJECT src/cpu/isa_${isa}.cpp)
+  add_library(moefuse_${isa} OBJECT src/cpu/isa.cpp)
+  target_compile_definitions(moefuse_${isa} PRIVATE MOEFUSE_ISA=${isa})
   target_include_directories(moefuse_${isa} PRIVATE src include)
   target_compile_options(moefuse_${isa} PRIVATE -O3 ${MOEFUSE_FLAGS_${isa}} -Wno-psabi)
   list(APPEND MOEFUSE_ISA_OBJECTS $<TARGET_OBJECTS:moefuse_${isa}>)

@@ -17,15 +17,15 @@ std::vector<const Kernels*> available_kernels() {
 #ifdef MOEFUSE_HAS_AVX512
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&kAvx512);
+    tables.push_back(&kKernels_avx512);
 #endif
 #ifdef MOEFUSE_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kKernels_avx2);
 #endif
 #ifdef MOEFUSE_HAS_NEON
-  tables.push_back(&kNeon);
+  tables.push_back(&kKernels_neon);
 #endif
-  tables.push_back(&kPlain);
+  tables.push_back(&kKernels_plain);
   return tables;
 }
 

@@ -1,88 +1,113 @@
 // Stock MLX's quantised matrix-vector product on x86, bit for bit: it keeps one sum per row in the
 // activation dtype and rounds scale * q, + bias, * x and the sum itself, k ascending. The order in
 // k is the contract, so the sixteen lanes are sixteen rows.
+#include "cpu/dialect.h"
+
+namespace moefuse::cpu {
+namespace {
 
 template <Dtype T>
-inline f32x16 round_to(f32x16 v) {
-  if constexpr (T == Dtype::bfloat16) {
-    return round_bfloat16(v);
-  } else if constexpr (T == Dtype::float16) {
-    return round_float16(v);
-  } else {
-    return v;
-  }
+inline f32x16 rounded(f32x16 v) {
+  if constexpr (T == Dtype::bfloat16) return round_bfloat16(v);
+  if constexpr (T == Dtype::float16) return widen_half(narrow_half(v));
+  return v;
 }
 
 template <Dtype T>
-inline float load_scalar(const void* p, int64_t i) {
-  if constexpr (T == Dtype::float32) {
-    return static_cast<const float*>(p)[i];
-  } else if constexpr (T == Dtype::bfloat16) {
-    return bfloat16_to_float(static_cast<const uint16_t*>(p)[i]);
-  } else {
-    return float16_to_float(static_cast<const uint16_t*>(p)[i]);
-  }
+inline float load_one(const void* p, int64_t i) {
+  if constexpr (T == Dtype::float32) return ((const float*)p)[i];
+  if constexpr (T == Dtype::float16) return half_to_float(((const uint16_t*)p)[i]);
+  uint32_t bits = uint32_t(((const uint16_t*)p)[i]) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
 }
 
-template <Dtype T>
-inline void store_scalar(void* p, int64_t i, float v) {
-  if constexpr (T == Dtype::float32) {
-    static_cast<float*>(p)[i] = v;
-  } else if constexpr (T == Dtype::bfloat16) {
-    static_cast<uint16_t*>(p)[i] = float_to_bfloat16(v);
-  } else {
-    static_cast<uint16_t*>(p)[i] = float_to_float16(v);
-  }
-}
-
-template <Dtype T, int bits>
+template <Dtype T, int kBits>
 f32x16 exact_rows(const QuantizedMatrix& w, const void* x, const int64_t (&row)[kLanes]) {
-  constexpr int kPerWord = 32 / bits;
-  constexpr uint32_t kMask = bits == 32 ? ~0u : (1u << bits) - 1;
-  const int words = w.cols / kPerWord, groups = w.cols / w.group_size;
+  constexpr int per_word = 32 / kBits;
+  const int words = w.cols / per_word, groups = w.cols / w.group_size;
   f32x16 sum = {}, scale, bias;
   u32x16 word;
   for (int g = 0; g < groups; ++g) {
-    for (int i = 0; i < kLanes; ++i) {
-      scale[i] = load_scalar<T>(w.scales, row[i] * groups + g);
-      bias[i] = load_scalar<T>(w.biases, row[i] * groups + g);
+    for (int l = 0; l < kLanes; ++l) {
+      scale[l] = load_one<T>(w.scales, row[l] * groups + g);
+      bias[l] = load_one<T>(w.biases, row[l] * groups + g);
     }
-    for (int j = g * w.group_size / kPerWord; j < (g + 1) * w.group_size / kPerWord; ++j) {
-      for (int i = 0; i < kLanes; ++i) word[i] = w.weight[row[i] * words + j];
-      for (int p = 0; p < kPerWord; ++p, word >>= bits) {
-        f32x16 q = __builtin_convertvector((i32x16)(word & kMask), f32x16);
-        f32x16 value = round_to<T>(round_to<T>(scale * q) + bias);
-        float xk = load_scalar<T>(x, j * kPerWord + p);
-        sum = round_to<T>(sum + round_to<T>(splat(xk) * value));
+    for (int j = g * w.group_size / per_word; j < (g + 1) * w.group_size / per_word; ++j) {
+      for (int l = 0; l < kLanes; ++l) word[l] = w.weight[row[l] * words + j];
+      for (int p = 0; p < per_word; ++p, word >>= kBits) {
+        f32x16 q = __builtin_convertvector((i32x16)(word & ((1u << kBits) - 1)), f32x16);
+        f32x16 value = rounded<T>(rounded<T>(scale * q) + bias);
+        f32x16 product = rounded<T>(splat(load_one<T>(x, j * per_word + p)) * value);
+        sum = rounded<T>(sum + product);
       }
     }
   }
   return sum;
 }
 
-template <Dtype T, int bits>
+template <Dtype T, int kBits>
 void exact_qmv_typed(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
   for (int n = begin; n < end; n += kLanes) {
-    int64_t row[kLanes];
-    for (int i = 0; i < kLanes; ++i) row[i] = n + i < end ? n + i : end - 1;
-    f32x16 sum = exact_rows<T, bits>(w, x, row);
-    for (int i = 0; i < kLanes && n + i < end; ++i) store_scalar<T>(y, n + i, sum[i]);
+    const int count = end - n < kLanes ? end - n : kLanes;
+    int64_t row[kLanes];  // past the end the last row again, not stored
+    for (int l = 0; l < kLanes; ++l) row[l] = n + (l < count ? l : count - 1);
+    store_floats(y, T, n, count, exact_rows<T, kBits>(w, x, row));
   }
 }
 
 template <Dtype T>
 void exact_qmv_bits(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
-  switch (w.bits) {
-    case 2: return exact_qmv_typed<T, 2>(w, x, y, begin, end);
-    case 4: return exact_qmv_typed<T, 4>(w, x, y, begin, end);
-    default: return exact_qmv_typed<T, 8>(w, x, y, begin, end);
-  }
+  if (w.bits == 4) return exact_qmv_typed<T, 4>(w, x, y, begin, end);
+  exact_qmv_typed<T, 8>(w, x, y, begin, end);
 }
 
-inline void exact_qmv(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
+void exact_qmv(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
   switch (w.dtype) {
     case Dtype::float32: return exact_qmv_bits<Dtype::float32>(w, x, y, begin, end);
     case Dtype::float16: return exact_qmv_bits<Dtype::float16>(w, x, y, begin, end);
     case Dtype::bfloat16: return exact_qmv_bits<Dtype::bfloat16>(w, x, y, begin, end);
   }
 }
+
+// Stock's exp: 2^whole * 2^part with a polynomial of degree 6; 0 below -88, infinity above 88. The
+// half is added in double precision there, which decides the ties.
+inline f32x16 stock_exp(f32x16 x) {
+  const f32x16 y = x * 1.442695f;
+  f32x16 whole;
+  for (int l = 0; l < kLanes; ++l) whole[l] = float(__builtin_floor(double(y[l]) + 0.5));
+  const f32x16 part = y - whole;
+  f32x16 p = splat(1.535336188319500e-4f);
+  for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                  2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+    p = fused(p, part, splat(c));
+  const i32x16 in_range = (x <= 88.0f) & (x >= -88.0f);
+  const i32x16 exponent = __builtin_convertvector(in_range ? whole : f32x16{}, i32x16);
+  const f32x16 value = (f32x16)((exponent + 127) << 23) * p;
+  const f32x16 outside = x > 88.0f ? splat(__builtin_inff()) : f32x16{};
+  return x != x ? x : (in_range ? value : outside);
+}
+
+template <Dtype T>
+void exact_swiglu_typed(const void* gate, const void* up, void* out, int n) {
+  for (int i = 0; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? n - i : kLanes;
+    const f32x16 g = load_floats(gate, T, i, count), u = load_floats(up, T, i, count);
+    const f32x16 magnitude = as_float(as_bits(g) & 0x7fffffffu);
+    const f32x16 y = 1.0f / (1.0f + rounded<T>(stock_exp(magnitude)));
+    const f32x16 sigmoid = rounded<T>(g < 0.0f ? y : 1.0f - y);
+    store_floats(out, T, i, count, rounded<T>(rounded<T>(g * sigmoid) * u));
+  }
+}
+
+void exact_swiglu(Dtype dtype, const void* gate, const void* up, void* out, int n) {
+  switch (dtype) {
+    case Dtype::float32: return exact_swiglu_typed<Dtype::float32>(gate, up, out, n);
+    case Dtype::float16: return exact_swiglu_typed<Dtype::float16>(gate, up, out, n);
+    case Dtype::bfloat16: return exact_swiglu_typed<Dtype::bfloat16>(gate, up, out, n);
+  }
+}
+
+}  // namespace
+}  // namespace moefuse::cpu

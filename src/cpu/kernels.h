@@ -18,12 +18,52 @@ struct QuantizedMatrix {
   int group_size, bits;
 };
 
+// How an fp32 mode multiplies. grid: activations on a 15-bit integer grid for each group, exact
+// integer dots (for bfloat16 and float16 models). fma, separate: fp32 activations, products fused
+// or rounded apart (for float32 models). src/cpu/grid.inl has the error bounds.
+enum class Dot : uint8_t { grid, fma, separate };
+
+enum class CombineSteps : uint8_t {
+  dtype,        // product and sum rounded to y's dtype
+  fp32_no_fma,  // product and sum rounded to fp32, one cast at the end
+  fp32          // fused multiply-add in fp32, one cast at the end
+};
+
+struct CombineArgs {
+  const void* const* y;  // k rows, one for each expert
+  const float* weights;  // [k]
+  void* out;
+  Dtype y_dtype, out_dtype;
+  CombineSteps steps;
+  int k;
+};
+
 struct Kernels {
   const char* isa;
 
   // y[row_begin, row_end) = W x as stock MLX's x86 CPU computes it: every product and every sum
-  // rounded to W.dtype, k ascending. x [cols] and y [rows] are of W.dtype. bits is 2, 4 or 8.
+  // rounded to W.dtype, k ascending. x [cols] and y [rows] are of W.dtype. bits is 4 or 8.
   void (*exact_qmv)(const QuantizedMatrix& w, const void* x, void* y, int row_begin, int row_end);
+
+  // out = silu(gate) * up over n values of dtype, in stock MLX's steps of dtype. May be in place.
+  void (*exact_swiglu)(Dtype dtype, const void* gate, const void* up, void* out, int n);
+
+  // out[d] = sum over i < k of y[i][d] * weights[i], i ascending, for d in [begin, end).
+  void (*combine)(const CombineArgs& args, int begin, int end);
+
+  // Bytes of one activation vector as qmv wants it, a multiple of 64. bits is 4 or 8.
+  int64_t (*prepared_bytes)(Dot dot, int cols, int group_size, int bits);
+  // Lays x [cols] of any dtype out for qmv with matrices of that group_size and bits.
+  void (*prepare)(Dot dot, const void* x, Dtype dtype, int cols, int group_size, int bits,
+                  void* prepared);
+  // y[v * y_stride + n] = (W x_v)[n] in fp32 for n in [row_begin, row_end) and v in [0, vectors),
+  // one pass over the weights. x: `vectors` prepared vectors, one after the other. The bits depend
+  // on nothing but W's row and x_v: not on the instruction set, the row range or the neighbours.
+  void (*qmv)(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y,
+              int64_t y_stride, int row_begin, int row_end);
+  // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i] in fp32, within 4 units in the last place.
+  // out may be gate or up.
+  void (*swiglu)(const float* gate, const float* up, float* out, int n);
 };
 
 // The table for the best instruction set that this processor has; MOEFUSE_ISA names another one

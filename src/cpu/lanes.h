@@ -20,23 +20,8 @@ constexpr int kLanes = 16;
 [[maybe_unused]] inline f32x16 as_float(u32x16 v) { return (f32x16)v; }
 [[maybe_unused]] inline u32x16 as_bits(f32x16 v) { return (u32x16)v; }
 
-[[maybe_unused]] inline float bfloat16_to_float(uint16_t v) {
-  uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-// Round to nearest even; NaN becomes 0x7fc0, as in MLX.
-[[maybe_unused]] inline uint16_t float_to_bfloat16(float v) {
-  if (v != v) return 0x7fc0;
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// The same rounding, kept as float. No test for NaN: the operands are bfloat16 values, so a NaN's
-// low half is zero and the carry cannot reach its exponent.
+// Round to nearest even on bfloat16's grid, kept as float. No test for NaN: the operands are
+// bfloat16 values, so a NaN's low half is zero and the carry cannot reach its exponent.
 [[maybe_unused]] inline f32x16 round_bfloat16(f32x16 v) {
   u32x16 bits = as_bits(v);
   return as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);

@@ -7,7 +7,7 @@
 
 namespace moefuse::cpu {
 
-extern const Kernels kPlain, kAvx2, kAvx512, kNeon;
+extern const Kernels kKernels_plain, kKernels_avx2, kKernels_avx512, kKernels_neon;
 
 // The tables that this processor can run, the best first. The tests compare them bit for bit.
 std::vector<const Kernels*> available_kernels();

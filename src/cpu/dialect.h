@@ -1,0 +1,122 @@
+// What differs between instruction sets: the dot product of bytes, the fused multiply-add, a
+// permutation, masked loads. Everything here gives the same bits on every one of them. The anonymous
+// namespace keeps the linker from merging functions that were compiled for different processors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/lanes.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace moefuse::cpu {
+namespace {
+
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef int8_t s8x64 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+template <class Vector>
+inline Vector load(const void* p) {
+  Vector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// acc[l] += sum of w[4l + i] * x[4l + i], i in 0..3, exactly.
+[[maybe_unused]] inline i32x16 dot_bytes(i32x16 acc, u8x64 w, s8x64 x) {
+#if defined(__AVX512VNNI__)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+  // maddubs saturates at 16 bits (255 * 128 * 2 does not fit), so the weights go in two nibbles.
+  __m256i part[2], wide[2], bytes[2];
+  memcpy(part, &acc, 64);
+  memcpy(wide, &w, 64);
+  memcpy(bytes, &x, 64);
+  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const __m256i sixteen = _mm256_set1_epi16(16);
+  for (int i = 0; i < 2; ++i) {
+    __m256i low = _mm256_and_si256(wide[i], nibble);
+    __m256i high = _mm256_and_si256(_mm256_srli_epi16(wide[i], 4), nibble);
+    __m256i low_sum = _mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes[i]), ones);
+    __m256i high_sum = _mm256_madd_epi16(_mm256_maddubs_epi16(high, bytes[i]), sixteen);
+    part[i] = _mm256_add_epi32(part[i], _mm256_add_epi32(low_sum, high_sum));
+  }
+  memcpy(&acc, part, 64);
+  return acc;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  // sdot takes signed bytes: w - 128 is one, and 128 * (sum of x) is added back.
+  for (int i = 0; i < 4; ++i) {
+    int32x4_t sum = vld1q_s32((const int32_t*)&acc + 4 * i);
+    int8x16_t bytes = vld1q_s8((const int8_t*)&x + 16 * i);
+    uint8x16_t weights = vld1q_u8((const uint8_t*)&w + 16 * i);
+    int8x16_t centred = vreinterpretq_s8_u8(veorq_u8(weights, vdupq_n_u8(128)));
+    sum = vdotq_s32(sum, centred, bytes);
+    int32x4_t total = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), bytes);
+    sum = vaddq_s32(sum, vshlq_n_s32(total, 7));
+    vst1q_s32((int32_t*)&acc + 4 * i, sum);
+  }
+  return acc;
+#else
+  for (int l = 0; l < kLanes; ++l)
+    for (int i = 4 * l; i < 4 * l + 4; ++i) acc[l] += int32_t(w[i]) * x[i];
+  return acc;
+#endif
+}
+
+// a * b + c, rounded once.
+[[maybe_unused]] inline f32x16 fused(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  for (int l = 0; l < kLanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return c;
+#endif
+}
+
+// v[index[l]]; only the low four bits of an index count.
+[[maybe_unused]] inline f32x16 permute(f32x16 v, i32x16 index) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+#else
+  f32x16 out;
+  for (int l = 0; l < kLanes; ++l) out[l] = v[index[l] & 15];
+  return out;
+#endif
+}
+
+// The first n <= 64 bytes at p, the rest zero; reads nothing past them.
+[[maybe_unused]] inline u8x64 load_bytes(const void* p, int n) {
+#if defined(__AVX512BW__)
+  return (u8x64)_mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p);
+#else
+  u8x64 v{};
+  memcpy(&v, p, n);
+  return v;
+#endif
+}
+
+inline void store_floats(void* array, Dtype dtype, int64_t first, int n, f32x16 v) {
+  if (dtype == Dtype::float32) {
+    memcpy((float*)array + first, &v, 4 * n);
+    return;
+  }
+  const u16x16 narrow = dtype == Dtype::bfloat16 ? narrow_bfloat16(v) : narrow_half(v);
+  memcpy((uint16_t*)array + first, &narrow, 2 * n);
+}
+
+// The sum of the lanes, always as a tree of halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+[[maybe_unused]] inline float sum_lanes(f32x16 v) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) v[l] += v[l + width];
+  return v[0];
+}
+
+}  // namespace
+}  // namespace moefuse::cpu

@@ -1,0 +1,170 @@
+#include "ops/checks.h"
+
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+
+namespace moefuse {
+
+namespace {
+std::mutex counter_mutex;
+std::map<std::string, int64_t>& counters() {
+  static std::map<std::string, int64_t> map;
+  return map;
+}
+}  // namespace
+
+void fail(const std::string& op, const std::string& what, const std::string& expected,
+          const std::string& got) {
+  throw std::invalid_argument("[" + op + "] " + what + ": expected " + expected + ", got " + got);
+}
+
+std::string describe(const mx::Shape& shape) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << "]";
+  return text.str();
+}
+
+std::string describe(mx::Dtype dtype) {
+  std::ostringstream text;
+  text << dtype;
+  return text.str();
+}
+
+void check_float(const std::string& op, const std::string& what, const mx::array& a) {
+  auto t = a.dtype();
+  if (t != mx::float32 && t != mx::float16 && t != mx::bfloat16)
+    fail(op, what, "float32, float16 or bfloat16", describe(t));
+}
+
+void check_dtype(const std::string& op, const std::string& what, const mx::array& a,
+                 mx::Dtype dtype) {
+  if (a.dtype() != dtype) fail(op, what, describe(dtype), describe(a.dtype()));
+}
+
+void check_shape(const std::string& op, const std::string& what, const mx::array& a,
+                 const mx::Shape& shape) {
+  if (a.shape() != shape) fail(op, what, "shape " + describe(shape), describe(a.shape()));
+}
+
+void check_integer(const std::string& op, const std::string& what, const mx::array& a) {
+  if (!mx::issubdtype(a.dtype(), mx::integer)) fail(op, what, "integers", describe(a.dtype()));
+}
+
+void check_quantization(const std::string& op, int group_size, int bits) {
+  if (bits != 4 && bits != 8) fail(op, "bits", "4 or 8", std::to_string(bits));
+  if (group_size != 32 && group_size != 64 && group_size != 128)
+    fail(op, "group_size", "32, 64 or 128", std::to_string(group_size));
+}
+
+ExpertShape check_experts(const std::string& op, const std::string& what,
+                          const QuantizedExperts& w, mx::Dtype dtype, int group_size, int bits) {
+  check_dtype(op, what + ".weight", w.weight, mx::uint32);
+  check_dtype(op, what + ".scales", w.scales, dtype);
+  check_dtype(op, what + ".biases", w.biases, dtype);
+  if (w.weight.ndim() != 3)
+    fail(op, what + ".weight", "rank 3 [experts, N, words]", describe(w.weight.shape()));
+  const int experts = w.weight.shape(0), rows = w.weight.shape(1);
+  const int cols = w.weight.shape(2) * (32 / bits);
+  if (cols % group_size != 0 || cols == 0)
+    fail(op, what + ".weight", "K a multiple of group_size " + std::to_string(group_size),
+         "K " + std::to_string(cols) + " at " + std::to_string(bits) + " bits");
+  const mx::Shape groups = {experts, rows, cols / group_size};
+  check_shape(op, what + ".scales", w.scales, groups);
+  check_shape(op, what + ".biases", w.biases, groups);
+  return {experts, rows, cols};
+}
+
+mx::array row_contiguous(const mx::array& a, mx::StreamOrDevice s) {
+  if (a.is_available() && a.flags().row_contiguous) return a;
+  return mx::contiguous(a, false, s);
+}
+
+cpu::Dtype cpu_dtype(mx::Dtype dtype) {
+  if (dtype == mx::float32) return cpu::Dtype::float32;
+  return dtype == mx::float16 ? cpu::Dtype::float16 : cpu::Dtype::bfloat16;
+}
+
+cpu::QuantizedMatrix expert_matrix(const mx::array& weight, const mx::array& scales,
+                                   const mx::array& biases, int64_t expert, int group_size,
+                                   int bits) {
+  const int64_t words = int64_t(weight.shape(1)) * weight.shape(2);
+  const int64_t groups = int64_t(scales.shape(1)) * scales.shape(2);
+  const size_t offset = expert * groups * scales.itemsize();
+  return {weight.data<uint32_t>() + expert * words,
+          scales.data<char>() + offset,
+          biases.data<char>() + offset,
+          cpu_dtype(scales.dtype()),
+          weight.shape(1),
+          weight.shape(2) * (32 / bits),
+          group_size,
+          bits};
+}
+
+void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (indices[i] >= static_cast<uint32_t>(experts))
+      fail(op, "indices[" + std::to_string(i) + "]", "less than " + std::to_string(experts),
+           std::to_string(static_cast<int32_t>(indices[i])));
+  }
+}
+
+void count(const std::string& op, const std::string& how) {
+  std::lock_guard lock(counter_mutex);
+  ++counters()[op + "/" + how];
+}
+
+bool has_kernel(const std::string& op, mx::StreamOrDevice s) {
+  if (mx::to_stream(s).device == mx::Device::cpu) return true;
+  count(op, "stock: no kernel for this GPU");
+  return false;
+}
+
+std::map<std::string, int64_t> op_counters() {
+  std::lock_guard lock(counter_mutex);
+  return counters();
+}
+
+std::string cpu_isa() { return cpu::kernels().isa; }
+
+namespace {
+template <class Enum, size_t n>
+Enum named(const std::string& what, const std::string& name,
+           const std::pair<const char*, Enum> (&choices)[n]) {
+  std::string all;
+  for (auto& [text, value] : choices) {
+    if (name == text) return value;
+    all += (all.empty() ? "'" : ", '") + std::string(text) + "'";
+  }
+  fail("moefuse", what, "one of " + all, "'" + name + "'");
+}
+}  // namespace
+
+Accumulate accumulate_from(const std::string& name) {
+  return named<Accumulate>("accumulate", name,
+                           {{"exact", Accumulate::exact},
+                            {"fp32_no_fma", Accumulate::fp32_no_fma},
+                            {"fp32", Accumulate::fp32}});
+}
+
+Scoring scoring_from(const std::string& name) {
+  return named<Scoring>("scoring", name,
+                        {{"softmax", Scoring::softmax}, {"sigmoid", Scoring::sigmoid}});
+}
+
+RouterMode router_mode_from(const std::string& name) {
+  return named<RouterMode>("mode", name,
+                           {{"exact", RouterMode::exact}, {"logits", RouterMode::logits}});
+}
+
+std::string to_string(Accumulate accumulate) {
+  switch (accumulate) {
+    case Accumulate::exact: return "exact";
+    case Accumulate::fp32_no_fma: return "fp32_no_fma";
+    default: return "fp32";
+  }
+}
+
+}  // namespace moefuse

@@ -1,0 +1,54 @@
+// Checks, counters and small helpers that every op shares.
+#pragma once
+
+#include <string>
+
+#include "cpu/kernels.h"
+#include "mlx/mlx.h"
+#include "moefuse/ops.h"
+
+namespace moefuse {
+
+// Most experts per row that the kernels take; the router's scratch is sized by it.
+constexpr int kMaxTopK = 16;
+
+// Throws std::invalid_argument "[op] what: expected <expected>, got <got>".
+[[noreturn]] void fail(const std::string& op, const std::string& what, const std::string& expected,
+                       const std::string& got);
+std::string describe(const mx::Shape& shape);
+std::string describe(mx::Dtype dtype);
+
+void check_float(const std::string& op, const std::string& what, const mx::array& a);
+void check_dtype(const std::string& op, const std::string& what, const mx::array& a,
+                 mx::Dtype dtype);
+void check_shape(const std::string& op, const std::string& what, const mx::array& a,
+                 const mx::Shape& shape);
+void check_integer(const std::string& op, const std::string& what, const mx::array& a);
+void check_quantization(const std::string& op, int group_size, int bits);
+
+// One expert stack [experts, rows, cols] in x's dtype: throws when a tensor contradicts the others.
+struct ExpertShape {
+  int experts, rows, cols;
+};
+ExpertShape check_experts(const std::string& op, const std::string& what,
+                          const QuantizedExperts& w, mx::Dtype dtype, int group_size, int bits);
+
+// The array itself where it is known to be row contiguous, else a node that makes it so.
+mx::array row_contiguous(const mx::array& a, mx::StreamOrDevice s);
+
+// Matrix `expert` of a stack whose tensors are evaluated and row contiguous.
+cpu::QuantizedMatrix expert_matrix(const mx::array& weight, const mx::array& scales,
+                                   const mx::array& biases, int64_t expert, int group_size,
+                                   int bits);
+cpu::Dtype cpu_dtype(mx::Dtype dtype);
+
+// Throws std::invalid_argument when an index is outside [0, experts).
+void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts);
+
+void count(const std::string& op, const std::string& how);
+
+// True where the fused kernel of this op exists for the stream's device; otherwise counts one
+// stock stand-in.
+bool has_kernel(const std::string& op, mx::StreamOrDevice s);
+
+}  // namespace moefuse
