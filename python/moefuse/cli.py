@@ -1,0 +1,458 @@
+"""The `moefuse` command. Exit codes: 0 done; 1 measured, and the answer is no (a verdict of
+fail, a missed fault, a rerun outside its interval, a stale ranking); 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .lab import LabError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Fused MoE decode for MLX, and the lab that measures it.",
+    epilog="Exit codes: 0 done; 1 measured, and the answer is no; 2 bad input; 130 interrupted.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+TINY = ("qwen3-moe-tiny", "glm4-moe-lite-tiny")
+SYNTH_TOKENIZER = {"qwen3-30b-a3b": TINY[0], "glm-4.7-flash": TINY[1]}
+
+Model = Annotated[Path, typer.Argument(help="Model folder in mlx-lm's layout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Variants = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated specs: name[+name...][:exact|fp32_no_fma|fp32]."),
+]
+Out = Annotated[Path, typer.Option(help="Folder of ledger, capsules, notebook and ranking.")]
+Prompts = Annotated[Path | None, typer.Option(help="prompts.json to use instead of the model's.")]
+
+
+def _engine():
+    return importlib.import_module("moefuse")
+
+
+def _guarded(command: Callable) -> Callable:
+    """Bad input ends in one sentence and exit code 2, never in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except ValueError as error:
+            err_console.print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err_console.print("interrupted; what was finished is kept (bench --resume goes on)")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _print_json(value) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar with the time to finish, on stderr; nothing at all when that is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err_console, disable=not err_console.is_terminal) as bar:
+        yield bar
+
+
+def _say(text: str) -> None:
+    """A line of progress for logs, where there is no bar."""
+    if not err_console.is_terminal:
+        err_console.print(text, markup=False, highlight=False)
+
+
+def _size(text: str | None, option: str) -> tuple[int, int] | None:
+    """Read `200x3` as (200 tokens, 3 runs)."""
+    if text is None:
+        return None
+    tokens, _, runs = text.partition("x")
+    if not (tokens.isdigit() and runs.isdigit() and int(tokens) >= 2 and int(runs) >= 1):
+        raise LabError(f"[bench] {option}: expected TOKENSxRUNS like 200x3, got {text!r}")
+    return int(tokens), int(runs)
+
+
+def _command(root: Path, name: str, models: Sequence[Path], options: dict) -> str:
+    """The command line a capsule shows: the same run, without paths of this machine."""
+    from .lab.environment import relative
+
+    words = ["moefuse", name, *(relative(path, root) for path in models)]
+    for option, value in options.items():
+        if value is True:
+            words.append(option)
+        elif value:
+            shown = relative(value, root) if isinstance(value, Path) else str(value)
+            words += [option, shown]
+    return shlex.join(words)
+
+
+@app.command(epilog="Example: moefuse doctor models/qwen3-moe-tiny --json")
+@_guarded
+def doctor(
+    models: Annotated[list[Path] | None, typer.Argument(help="Model folders to look into.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Devices, wheels and capabilities; for each model what would be fused, and why not."""
+    from .lab import doctor as lab_doctor
+
+    found = lab_doctor.examine(_engine(), models or [])
+    if as_json:
+        _print_json(found)
+        return
+    for line in lab_doctor.lines(found):
+        out_console.print(line, markup=False, highlight=False)
+
+
+@app.command(
+    epilog="Example: moefuse synth --like qwen3-30b-a3b --layers 2 --vocab 4096 --out synth/qwen"
+)
+@_guarded
+def synth(
+    like: Annotated[str, typer.Option(help="qwen3-30b-a3b or glm-4.7-flash.")],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    layers: Annotated[int | None, typer.Option(help="Layers; default: all of them.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Vocabulary; default: the real one.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder whose tokenizer to copy.")] = None,
+) -> None:
+    """Write a checkpoint with a real model's layer geometry and random 4-bit weights."""
+    from .lab import synth as maker
+    from .lab.environment import repository_root
+
+    source = tokenizer or repository_root() / "models" / SYNTH_TOKENIZER.get(like, TINY[0])
+    with _progress() as bar:
+        total = (layers or maker.LIKE.get(like, {}).get("num_hidden_layers", 0)) + 1
+        task = bar.add_task(f"writing {out.name}", total=total)
+        config = maker.write(
+            like,
+            layers,
+            out,
+            tokenizer=source,
+            vocab=vocab,
+            seed=seed,
+            tick=lambda n: bar.advance(task, n),
+        )
+    out_console.print(
+        f"{out}: {like} geometry, {config['num_hidden_layers']} layers, "
+        f"vocabulary {config['vocab_size']}, seed {seed}",
+        markup=False,
+        highlight=False,
+    )
+
+
+@app.command(epilog="Example: moefuse bench models/qwen3-moe-tiny --variants router,experts")
+@_guarded
+def bench(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Model folders; default: both in models/.")
+    ] = None,
+    variants: Variants = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look; cannot promote.")] = False,
+    short: Annotated[str | None, typer.Option(help="TOKENSxRUNS, default 200x3.")] = None,
+    long: Annotated[str | None, typer.Option(help="TOKENSxRUNS, default 1024x2.")] = None,
+    prompts: Prompts = None,
+    out: Out = Path("benchmarks"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stop left it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure variants against stock in pairs: capsules, ledger, notebook entry, ranking."""
+    from .lab import bench as driver
+    from .lab import campaign, checkpoint, environment
+    from .lab import variants as specs
+
+    root = environment.repository_root()
+    folders = models or [root / "models" / name for name in TINY]
+    plan = campaign.QUICK_PLAN if quick else campaign.FULL_PLAN
+    plan = campaign.resized(plan, short=_size(short, "--short"), long=_size(long, "--long"))
+    default = ",".join(specs.QUICK if quick else specs.FULL)
+    wanted = [v for v in specs.parse_list(variants or default) if v.parts]
+    checked = [checkpoint.inspect(folder) for folder in folders]
+    driver.prepare(out)
+    options = {
+        "--variants": variants, "--quick": quick, "--short": short, "--long": long,
+        "--prompts": prompts,
+    }  # fmt: skip
+    outcomes = []
+    with _progress() as bar:
+        for found in checked:
+            command = _command(root, "bench", [found.path], options)
+            outcomes.append(
+                _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume)
+            )
+    complaints = driver.write_ranking(out)
+    for complaint in complaints:
+        err_console.print(complaint, markup=False)
+    _show_outcomes(outcomes, out, as_json)
+    if any(outcome.missed_faults for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume):
+    from .lab import bench as driver
+
+    task = bar.add_task(found.name, total=None)
+    campaign = driver.open_campaign(
+        found,
+        plan,
+        _engine(),
+        prompt_file=prompts,
+        root=root,
+        out=out,
+        command=command,
+        resume=resume,
+        tick=lambda n: bar.advance(task, n),
+    )
+    unit = campaign.units()
+    bar.update(task, total=unit * (len(wanted) + 1))
+
+    def told(name: str, done: int) -> None:
+        bar.update(task, completed=unit * done, description=f"{found.name} {name}")
+        if name:
+            _say(f"{found.name}: {name} ({done + 1} of {len(wanted) + 1})")
+
+    return driver.run(campaign, wanted, told)
+
+
+def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
+    from .lab import bench as driver
+    from .lab.notebook import span
+
+    if as_json:
+        _print_json([row for outcome in outcomes for row in driver.ledger_rows(out, outcome)])
+        return
+    for outcome in outcomes:
+        meta = outcome.control["meta"]
+        table = Table(title=f"{meta['campaign']} on {meta['device']}", title_justify="left")
+        for name in ("variant", "decode", "95 %", "A/A", "tok/s", "fidelity", "decision"):
+            table.add_column(name)
+        for found in sorted(outcome.found, key=lambda c: -c["summary"]["decode_speedup"]):
+            summary, both = found["summary"], (found["baseline"], found["patched"])
+            table.add_row(
+                found["variant"],
+                f"{summary['decode_speedup']:.3f}x",
+                span(summary["interval"]),
+                span(found["control"]["aa_interval"]),
+                " -> ".join(f"{side['median_decode_tok_s']:.1f}" for side in both),
+                found["fidelity"]["verdict"],
+                summary["decision"],
+            )
+        out_console.print(table)
+        for name, why in outcome.skipped.items():
+            out_console.print(f"not measured: {name}: {why}", markup=False, highlight=False)
+        for name in outcome.missed_faults:
+            out_console.print(f"the fidelity gate missed the planted fault {name}", style="red")
+    out_console.print(f"ranking: {out / 'RANKING.md'}", markup=False, highlight=False)
+
+
+@app.command(epilog="Example: moefuse fidelity models/qwen3-moe-tiny --plant wrong-weight")
+@_guarded
+def fidelity(
+    model: Model,
+    variants: Variants = None,
+    plant: Annotated[
+        str | None, typer.Option(help="Plant a fault (or `all`) and see whether it is caught.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 200,
+    chunk: Annotated[int, typer.Option(min=2, help="Forced positions per prompt.")] = 64,
+    prompts: Prompts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare tokens with stock's and logits with a float32 oracle. Exit code 1 on a fail.
+
+    With --plant exit code 1 means that the fault was not caught.
+    """
+    from .lab import bench as driver
+    from .lab import campaign, checkpoint, environment, faults
+    from .lab import variants as specs
+
+    if plant and plant != "all" and plant not in faults.FAULTS:
+        raise LabError(f"[fidelity] --plant: expected one of {sorted(faults.FAULTS)}, got {plant}")
+    wanted = specs.parse_list(variants or ",".join(specs.QUICK))
+    root = environment.repository_root()
+    plan = campaign.Plan({"short": (tokens, 1)}, chunk=chunk)
+    judge = driver.open_campaign(
+        checkpoint.inspect(model), plan, _engine(), prompt_file=prompts, root=root, out=Path(),
+        command=_command(root, "fidelity", [model], {}),
+    )  # fmt: skip
+    if plant:
+        names = list(faults.FAULTS) if plant == "all" else [plant]
+        found = {name: (judge.check_fault(name), None) for name in names}
+        bad = any(verdict.verdict != "fail" for verdict, _ in found.values())
+    else:
+        found = {v.name: judge.check_tokens(v, tokens) for v in wanted}
+        bad = any(verdict.verdict == "fail" or void for verdict, void in found.values())
+    _show_fidelity(found, as_json)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _show_fidelity(found: dict, as_json: bool) -> None:
+    if as_json:
+        shown = {name: {**v.record(), "void": void} for name, (v, void) in found.items()}
+        _print_json(shown)
+        return
+    for name, (verdict, void) in found.items():
+        error = verdict.oracle_error
+        rms = f", rms error {error['variant']:.4g} (stock {error['stock']:.4g})" if error else ""
+        line = f"{name}: {verdict.verdict}, {verdict.matched}/{verdict.total} tokens{rms}"
+        out_console.print(line, markup=False, highlight=False)
+        if void:
+            out_console.print(f"  void: {void}", markup=False, highlight=False)
+        for prompt in verdict.per_prompt:
+            if prompt.verdict != "identical":
+                line = f"  {prompt.name}: {prompt.verdict}; {prompt.reason}"
+                out_console.print(line, markup=False, highlight=False)
+
+
+@app.command(epilog="Example: moefuse report --html report.html")
+@_guarded
+def report(
+    out: Out = Path("benchmarks"),
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit code 1 if RANKING.md is stale.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Regenerate RANKING.md from the ledger and its capsules."""
+    from .lab import bench as driver
+    from .lab import files, ranking
+
+    if not out.is_dir():
+        raise LabError(f"[report] {out}: expected a folder with a ledger, got none")
+    text, complaints = ranking.render(out)
+    for complaint in complaints:
+        err_console.print(complaint, markup=False)
+    path = out / ranking.NAME
+    if check:
+        same = path.is_file() and path.read_text(encoding="utf-8") == text
+        err_console.print(f"{path.name}: {'up to date' if same else 'stale'}", markup=False)
+        raise typer.Exit(0 if same else 1)
+    driver.prepare(out)
+    files.write_atomic(path, text)
+    if html:
+        from .lab import html as page
+
+        files.require_writable(html.resolve().parent)
+        files.write_atomic(html.resolve(), page.render(ranking.load(out)[0]))
+    if as_json:
+        rows, _ = ranking.load(out)
+        _print_json([{k: v for k, v in row.items() if k != "found"} for row in rows])
+
+
+@app.command(epilog="Example: moefuse rerun benchmarks/repro_capsules/NAME.json")
+@_guarded
+def rerun(
+    capsule: Annotated[Path, typer.Argument(help="A stored capsule.")],
+    model: Annotated[Path | None, typer.Option(help="Where the model lies, if elsewhere.")] = None,
+    prompts: Prompts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Repeat a capsule's measurement. Exit code 1 if the new median leaves the old interval."""
+    from .lab import bench as driver
+    from .lab.environment import repository_root
+
+    with _progress() as bar:
+        task = bar.add_task(f"rerun {capsule.name}", total=None)
+        found = driver.rerun(
+            capsule,
+            _engine(),
+            root=repository_root(),
+            model=model,
+            prompt_file=prompts,
+            tick=lambda n: bar.advance(task, n),
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        low, high = found["old_interval"]
+        where = "inside" if found["inside"] else "outside"
+        void = f"; void: {found['void']}" if found["void"] else ""
+        out_console.print(
+            f"{found['variant']}: new median {found['new_median']:.3f}x lies {where} the old "
+            f"interval {low:.3f}-{high:.3f}{void}",
+            markup=False,
+            highlight=False,
+        )
+    if not found["inside"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog='Example: moefuse generate models/qwen3-moe-tiny --prompt "The list type"')
+@_guarded
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    variants: Annotated[
+        str, typer.Option(help="One spec; `stock` leaves the model alone.")
+    ] = "router+experts",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temp: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+) -> None:
+    """Stream text from a patched model through mlx-lm."""
+    import mlx.core as mx
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    from .lab import checkpoint
+    from .lab import variants as specs
+
+    variant = specs.parse(variants)
+    if not prompt:
+        raise LabError("[generate] --prompt: expected text, got an empty string")
+    loaded, tokenizer = checkpoint.load(checkpoint.inspect(model))
+    text = prompt
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
+    mx.random.seed(seed)
+    sampler = make_sampler(temp=temp, top_p=top_p)
+    last = None
+    with specs.applied(loaded, variant, _engine()):
+        for last in stream_generate(
+            loaded, tokenizer, text, max_tokens=max_tokens, sampler=sampler
+        ):
+            sys.stdout.write(last.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    if last is not None:
+        _say(f"{variant.name}: {last.generation_tps:.1f} tokens/s, {last.finish_reason}")
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""A campaign: one model, stock against stock, then each variant against stock, in pairs.
+
+Everything runs in one process on one loaded model: a side is the model with its patch on or off.
+Each variant's capsule and row are on disk before the next variant starts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import (
+    LabError,
+    capsule,
+    environment,
+    faults,
+    fidelity,
+    files,
+    ledger,
+    measure,
+    prompts,
+    stats,
+    variants,
+)
+from .checkpoint import Checkpoint, load
+from .variants import STOCK, Variant, applied
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. lengths: name -> (tokens, runs)."""
+
+    lengths: dict[str, tuple[int, int]]
+    quick: bool = False
+    prompt_limit: int | None = None  # keep only the last tokens of each prompt
+    extra_tokens: int = 64  # budget of a prompt that is judged but not timed; 0 skips those
+    chunk: int = fidelity.CHUNK
+
+
+FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
+QUICK_PLAN = Plan(
+    {"short": (48, 2), "long": (96, 1)}, quick=True, prompt_limit=32, extra_tokens=0, chunk=16
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One pair of runs: which prompt, how many tokens, which side first (A is stock)."""
+
+    length: str
+    prompt: str
+    tokens: int
+    order: str
+
+    def record(self) -> dict:
+        return {"length": self.length, "prompt": self.prompt, "order": self.order}
+
+
+@dataclass
+class Side:
+    """All runs of one side of one variant."""
+
+    runs: list[measure.Run] = field(default_factory=list)
+    tokens: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)  # by prompt
+    calls: dict[str, int] = field(default_factory=dict)
+    decoded: int = 0
+    patterns: list[str] = field(default_factory=list)
+    modules_patched: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def rates(self) -> dict:
+        """This side's half of a capsule."""
+        prefill = [run.prefill_tok_s for run in self.runs]
+        return {
+            "decode_tok_s": [run.decode_tok_s for run in self.runs],
+            "prefill_tok_s": prefill,
+            "first_token_s": [run.first_token_s for run in self.runs],
+            "median_decode_tok_s": statistics.median(run.decode_tok_s for run in self.runs),
+            "median_prefill_tok_s": statistics.median(p for p in prefill if p is not None),
+            "peak_mem_gb": max(run.peak_mem_gb for run in self.runs),
+            "peak_mlx_gb": max(run.peak_mlx_gb for run in self.runs),
+        }
+
+
+def make_schedule(found: Sequence[prompts.Prompt], plan: Plan) -> list[Slot]:
+    """A B, B A, A B ...: over two runs of a length the order is A B B A, so drift cancels."""
+    slots = []
+    for length, (tokens, runs) in plan.lengths.items():
+        pool = prompts.pick(found, long=length == "long")
+        if length == "long":
+            pool = pool[:1]  # one prefill of a long context serves every run
+        for i in range(runs):
+            order = "AB" if i % 2 == 0 else "BA"
+            slots.append(Slot(length, pool[i % len(pool)].name, tokens, order))
+    return slots
+
+
+class Campaign:
+    """State shared by the variants of one model.
+
+    engine: the moefuse package (patch, unpatch, capabilities, __version__), or a stand-in;
+    prompts_of: tokenizer -> prompts; tick: called with token steps done, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        engine,
+        *,
+        prompts_of: Callable[..., list[prompts.Prompt]],
+        root: Path,
+        out: Path,
+        command: str,
+        identity: str | None = None,
+        tick: Callable[[int], None] = lambda units: None,
+    ):
+        self.checkpoint, self.plan, self.engine = checkpoint, plan, engine
+        self.root, self.out, self.command, self.tick = root, out, command, tick
+        self.model, self.tokenizer = load(checkpoint)
+        found = prompts_of(self.tokenizer)
+        self.prompts = {p.name: p for p in found}
+        self.schedule = make_schedule(found, plan)
+        stamp = environment.now().replace("-", "").replace(":", "")
+        suffix = "-quick" if plan.quick else ""
+        self.id = identity or f"{stamp}-{checkpoint.name}{suffix}"
+        self.oracle = fidelity.Oracle(self.model, checkpoint, plan.chunk)
+        self.reference: dict[str, tuple[int, ...]] = {}  # stock's tokens, longest seen
+        self.snapshots: dict[str, list] = {}  # stock's caches of long prompts
+        self.self_matched = self.self_total = 0
+        self.control: dict | None = None
+
+    # -- running --------------------------------------------------------------------------
+
+    def units(self) -> int:
+        """Work of one variant in token steps, for the progress bar."""
+        timed = sum(2 * (s.tokens + len(self.prompts[s.prompt].ids)) for s in self.schedule)
+        extra = sum(self.plan.extra_tokens + len(p.ids) for p in self.extra_prompts())
+        return timed + extra
+
+    def extra_prompts(self) -> list[prompts.Prompt]:
+        """Prompts judged for fidelity but not timed, short ones first."""
+        timed = {slot.prompt for slot in self.schedule}
+        rest = [p for p in self.prompts.values() if p.name not in timed]
+        return sorted(rest, key=lambda p: p.is_long) if self.plan.extra_tokens else []
+
+    def _note_stock(self, name: str, tokens: tuple[int, ...]) -> None:
+        """Keep stock's first answer; count how far later ones agree with it."""
+        known = self.reference.get(name, ())
+        shared = min(len(known), len(tokens))
+        self.self_matched += fidelity.matching(known[:shared], tokens[:shared])
+        self.self_total += shared
+        if len(tokens) > len(known):
+            self.reference[name] = tokens
+
+    def _cache(self, prompt: prompts.Prompt, caches: dict[str, list]) -> list:
+        if prompt.name not in caches:
+            caches[prompt.name], _ = measure.prefill(self.model, prompt.ids)
+            self.tick(len(prompt.ids))
+        return caches[prompt.name]
+
+    def _generate(self, prompt, tokens: int, variant: Variant, side: Side, cache) -> measure.Run:
+        """One run of one side. `cache`: a callable that gives the prompt's cache, or None."""
+        with applied(self.model, variant, self.engine) as report:
+            measure.warm_up(self.model, prompt.ids)
+            ready = cache() if cache else None
+            before = dict(report.calls) if report else {}
+            run = measure.generate(
+                self.model, prompt.ids, tokens, cache=ready, on_token=lambda: self.tick(1)
+            )
+            if report:
+                for name, count in report.calls.items():
+                    side.calls[name] = side.calls.get(name, 0) + count - before.get(name, 0)
+                for reason, count in report.fallbacks.items():
+                    side.fallbacks[reason] = side.fallbacks.get(reason, 0) + count
+                side.patterns = list(report.patterns)
+                side.modules_patched = report.modules_patched
+        side.decoded += len(run.tokens)
+        if ready is None:
+            self.tick(len(prompt.ids))
+        return run
+
+    def _run_slot(self, slot: Slot, variant: Variant, sides: dict[str, Side], own: dict) -> None:
+        prompt = self.prompts[slot.prompt]
+        reuse = slot.length == "long" and prompt.is_long
+        for letter in slot.order:
+            which, caches = (STOCK, self.snapshots) if letter == "A" else (variant, own)
+            cache = partial(self._cache, prompt, caches) if reuse else None
+            run = self._generate(prompt, slot.tokens, which, sides[letter], cache)
+            sides[letter].runs.append(run)
+            if which == STOCK:
+                self._note_stock(slot.prompt, run.tokens)
+            if letter == "B":
+                sides["B"].tokens.setdefault(slot.prompt, []).append(run.tokens)
+
+    def _worst(self, side: Side) -> dict[str, tuple[int, ...]]:
+        """Of each prompt's runs the one that left stock's tokens first, else the longest."""
+        found = {}
+        for name, runs in side.tokens.items():
+            agreed = {t: fidelity.matching(self.stock_tokens(name, len(t)), t) for t in runs}
+            parted = [t for t in runs if agreed[t] < len(t)]
+            found[name] = min(parted, key=agreed.get) if parted else max(runs, key=len)
+        return found
+
+    def run_pairs(self, variant: Variant) -> tuple[dict[str, Side], list[Slot], str | None]:
+        """The timed pairs; stops after the first one if the variant did not really run."""
+        sides, done, own = {"A": Side(), "B": Side()}, [], {}
+        void = None
+        for slot in self.schedule:
+            self._run_slot(slot, variant, sides, own)
+            done.append(slot)
+            void = self._void(variant, sides["B"])
+            if void:
+                break
+        return sides, done, void
+
+    def _void(self, variant: Variant, side: Side) -> str | None:
+        layers = self.checkpoint.moe_layers
+        return variants.did_not_run(variant, side.calls, side.decoded, layers)
+
+    # -- fidelity -------------------------------------------------------------------------
+
+    def stock_tokens(self, name: str, count: int) -> tuple[int, ...]:
+        """Stock's first `count` tokens after a prompt, generated once."""
+        if len(self.reference.get(name, ())) < count:
+            prompt = self.prompts[name]
+            cache = partial(self._cache, prompt, self.snapshots) if prompt.is_long else None
+            self._note_stock(name, self._generate(prompt, count, STOCK, Side(), cache).tokens)
+        return self.reference[name][:count]
+
+    def judge(self, context: Callable, tokens: dict[str, tuple[int, ...]], always: int = 2):
+        """Verdict on tokens that the model gave inside `context()`."""
+        stock = {name: self.stock_tokens(name, len(t)) for name, t in tokens.items()}
+        windows = self.oracle.windows(stock, tokens, always)
+        base, truth = self.oracle.references(self.prompts, stock, windows)
+        with context():
+            other = {
+                name: fidelity.forced_logits(self.model, self.prompts[name].ids, stock[name], at)
+                for name, at in windows.items()
+            }
+        return fidelity.judge(stock, tokens, windows, base, other, truth)
+
+    def check_variant(self, variant: Variant, side: Side) -> fidelity.Fidelity:
+        """Verdict over the timed prompts and the extra ones."""
+        for prompt in self.extra_prompts():
+            cache = None
+            if prompt.is_long:  # the variant's own long prefill is timed elsewhere
+                self.stock_tokens(prompt.name, self.plan.extra_tokens)
+                cache = partial(self._cache, prompt, self.snapshots)
+            run = self._generate(prompt, self.plan.extra_tokens, variant, side, cache)
+            side.tokens[prompt.name] = [run.tokens]
+        context = partial(applied, self.model, variant, self.engine)
+        return self.judge(context, self._worst(side))
+
+    def check_tokens(self, variant: Variant, count: int) -> tuple[fidelity.Fidelity, str | None]:
+        """Untimed verdict over every prompt, and why it is void if the variant did not run."""
+        side = Side()
+        for prompt in self.prompts.values():
+            run = self._generate(prompt, count, variant, side, None)
+            side.tokens[prompt.name] = [run.tokens]
+        context = partial(applied, self.model, variant, self.engine)
+        return self.judge(context, self._worst(side)), self._void(variant, side)
+
+    def check_fault(self, name: str) -> fidelity.Fidelity:
+        """Plant a fault and judge it like a variant, prompt by prompt until one fails."""
+        short = prompts.pick(list(self.prompts.values()), long=False)
+        count = self.plan.lengths["short"][0]
+        context = partial(faults.planted, self.model, name, short[0].ids)
+        tokens: dict[str, tuple[int, ...]] = {}
+        for prompt in short:
+            with context():
+                run = self._generate(prompt, count, STOCK, Side(), None)
+            tokens[prompt.name] = run.tokens
+            if run.tokens == self.stock_tokens(prompt.name, count):
+                continue
+            found = self.judge(context, tokens, always=0)
+            if found.verdict == "fail":
+                return found
+        return self.judge(context, tokens, always=0)
+
+    # -- recording ------------------------------------------------------------------------
+
+    def measure_control(self) -> dict:
+        """Stock against stock, and the gate against planted faults -> the control capsule."""
+        sides, done, _ = self.run_pairs(STOCK)
+        verdict = self.judge(nullcontext, self._worst(sides["B"]))
+
+        def noise(found: tuple) -> list[float]:
+            return list(stats.noise_interval(found[1]))
+
+        self.control = {
+            "aa_interval": noise(_speedup(sides)),
+            "lengths": {k: noise(_speedup(sides, done, k)) for k in self.plan.lengths},
+            "prefill_interval": noise(_prefill(sides)),
+            "self_matched": self.self_matched,
+            "self_total": self.self_total,
+            "capsule": self._name(STOCK),
+            "faults": {name: self.check_fault(name).verdict for name in faults.FAULTS},
+        }
+        missed = [k for k, v in self.control["faults"].items() if v != "fail"]
+        told = f"not caught: {', '.join(missed)}" if missed else "every planted fault caught"
+        return self._store(STOCK, sides, done, verdict, ("control", f"stock against stock; {told}"))
+
+    def adopt_control(self, stored: dict) -> None:
+        """Take the control of an interrupted campaign, if it measured the same prompts."""
+        if stored["prompts"] != self._prompt_records():
+            raise LabError("[resume] prompts: expected those of the campaign, got others")
+        self.control = stored["control"]
+
+    def measure_variant(self, variant: Variant) -> dict:
+        """Pairs, verdict, decision -> the capsule, which is on disk when this returns."""
+        if self.control is None:
+            raise LabError("[campaign] control: expected the A/A control first, got none")
+        sides, done, void = self.run_pairs(variant)
+        verdict = self.check_variant(variant, sides["B"])
+        decision = stats.decide(
+            void=void,
+            verdict=verdict.verdict,
+            gains=self._gains(sides, done),
+            prefill_change=_prefill(sides)[0] - 1,
+            prefill_noise=1 - self.control["prefill_interval"][0],
+            memory=tuple(max(r.peak_mem_gb for r in sides[k].runs) for k in "AB"),
+            quick=self.plan.quick,
+        )
+        return self._store(variant, sides, done, verdict, decision)
+
+    def _gains(self, sides: dict[str, Side], done: list[Slot]) -> dict:
+        found = {}
+        for length in dict.fromkeys(slot.length for slot in done):
+            speedup, interval = _speedup(sides, done, length)
+            found[length] = {
+                "decode_speedup": speedup,
+                "interval": list(interval),
+                "aa_interval": self.control["lengths"][length],
+            }
+        return found
+
+    def _name(self, variant: Variant) -> str:
+        return f"{self.id}-{variant.slug}"
+
+    def _prompt_records(self) -> list[dict]:
+        names = [slot.prompt for slot in self.schedule] + [p.name for p in self.extra_prompts()]
+        return [self.prompts[name].record() for name in dict.fromkeys(names)]
+
+    def _store(self, variant, sides, done, verdict, decision) -> dict:
+        speedup, interval = _speedup(sides)
+        patched = sides["B"]
+        found = {
+            "meta": {
+                **environment.meta(self.engine, self.root, self.command),
+                "campaign": self.id,
+                "quick": self.plan.quick,
+                "memory_source": measure.memory_source(),
+            },
+            "model": describe(self.checkpoint, self.root),
+            "prompts": self._prompt_records(),
+            "variant": variant.name,
+            "max_tokens": {k: tokens for k, (tokens, _) in self.plan.lengths.items()},
+            "runs": {k: runs for k, (_, runs) in self.plan.lengths.items()},
+            "schedule": [slot.record() for slot in done],
+            "fidelity": {**verdict.record(), "chunk": self.plan.chunk},
+            "baseline": sides["A"].rates(),
+            "patched": {
+                **patched.rates(),
+                "patterns": patched.patterns,
+                "modules_patched": patched.modules_patched,
+                "fallbacks": patched.fallbacks,
+                "calls": patched.calls,
+                "decoded_tokens": patched.decoded,
+            },
+            "control": self.control,
+            "summary": {
+                "decode_speedup": speedup,
+                "interval": list(interval),
+                "lengths": self._gains(sides, done),
+                "prefill_change": _prefill(sides)[0] - 1,
+                "decision": decision[0],
+                "reason": decision[1],
+            },
+        }
+        relative = capsule.write(self.out, self._name(variant), found)
+        ledger.append(self.out / ledger.NAME, capsule.row(found, relative))
+        mx.clear_cache()
+        return found
+
+
+def describe(checkpoint: Checkpoint, root: Path) -> dict:
+    """The capsule's `model`."""
+    return {
+        "path": environment.relative(checkpoint.path, root),
+        "kind": checkpoint.kind,
+        "digest": checkpoint.digest,
+        "model_type": checkpoint.model_type,
+        "geometry": checkpoint.geometry,
+        "quantization": checkpoint.quantization,
+    }
+
+
+def _speedup(sides: dict[str, Side], done: Sequence[Slot] = (), length: str | None = None):
+    """Paired decode ratio and interval, over all pairs or those of one length."""
+    kept = [i for i, slot in enumerate(done) if slot.length == length] if length else None
+    rates = [
+        [r.decode_tok_s for i, r in enumerate(sides[k].runs) if kept is None or i in kept]
+        for k in "AB"
+    ]
+    return stats.ratio_interval(*rates)
+
+
+def _prefill(sides: dict[str, Side]):
+    """Paired prefill ratio and interval over the pairs that timed a prefill."""
+    pairs = [
+        (a.prefill_tok_s, b.prefill_tok_s)
+        for a, b in zip(sides["A"].runs, sides["B"].runs, strict=True)
+        if a.prefill_s and b.prefill_s
+    ]
+    return stats.ratio_interval(*zip(*pairs, strict=True))
+
+
+def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str | None:
+    """Id of the newest campaign with these settings, code and machine, if not written up yet."""
+    rows, _ = ledger.read(out / ledger.NAME)
+    same = {
+        "model_digest": checkpoint.digest,
+        "hardware": environment.device_name(),
+        "quick": plan.quick,
+        "max_tokens": {k: tokens for k, (tokens, _) in plan.lengths.items()},
+        "runs": {k: runs for k, (_, runs) in plan.lengths.items()},
+        "git_commit": environment.commit(root),
+        "env": environment.flags(),
+    }
+    ids = [r["campaign"] for r in rows if all(r.get(k) == v for k, v in same.items())]
+    book = out / "LAB_NOTEBOOK.md"
+    written = book.read_text(encoding="utf-8") if book.exists() else ""
+    return ids[-1] if ids and f"## EXP-{ids[-1]}\n" not in written else None
+
+
+def stored(out: Path, identity: str) -> dict[str, dict]:
+    """Variant name -> capsule of one campaign."""
+    rows, _ = ledger.read(out / ledger.NAME)
+    mine = [row for row in rows if row.get("campaign") == identity]
+    return {row["variant"]: capsule.read(files.inside(out, row["capsule"])) for row in mine}
+
+
+def resized(plan: Plan, **lengths: tuple[int, int] | None) -> Plan:
+    """The plan with some (tokens, runs) replaced. A full plan below the minimums is quick."""
+    new = {**plan.lengths, **{k: v for k, v in lengths.items() if v}}
+    least = FULL_PLAN.lengths
+    small = any(t < least[k][0] or r < least[k][1] for k, (t, r) in new.items())
+    return replace(plan, lengths=new, quick=plan.quick or small)

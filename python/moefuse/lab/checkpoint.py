@@ -1,0 +1,233 @@
+"""Checks a checkpoint folder before anything is loaded, then loads it through mlx-lm.
+
+Every failure is a LabError that names the file or field, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import mlx_lm
+from mlx_lm.utils import load_model
+
+from . import LabError
+
+FAMILIES = {"qwen3_moe": "qwen", "glm4_moe_lite": "glm"}
+EXPERTS_FIELD = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts"}
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model folder. `digest` covers config.json and every weight file."""
+
+    path: Path
+    config: dict
+    weight_files: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def model_type(self) -> str:
+        return self.config["model_type"]
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.model_type]
+
+    @property
+    def kind(self) -> str:
+        """synthetic (says so in its config), trained (carries its curve) or real."""
+        if "moefuse_synth" in self.config:
+            return "synthetic"
+        return "trained" if (self.path / "training.json").is_file() else "real"
+
+    @property
+    def experts(self) -> int:
+        return self.config[EXPERTS_FIELD[self.model_type]]
+
+    @property
+    def geometry(self) -> dict:
+        c = self.config
+        return {
+            "hidden": c["hidden_size"],
+            "layers": c["num_hidden_layers"],
+            "moe_layers": self.moe_layers,
+            "experts": self.experts,
+            "top_k": c["num_experts_per_tok"],
+            "expert_width": c["moe_intermediate_size"],
+            "vocab": c["vocab_size"],
+        }
+
+    @property
+    def moe_layers(self) -> int:
+        c = self.config
+        if self.model_type == "qwen3_moe":
+            sparse = c.get("decoder_sparse_step", 1)
+            dense = c.get("mlp_only_layers", [])
+            return sum(
+                i not in dense and (i + 1) % sparse == 0 for i in range(c["num_hidden_layers"])
+            )
+        first, every = c.get("first_k_dense_replace", 1), c.get("moe_layer_freq", 1)
+        return sum(i >= first and i % every == 0 for i in range(c["num_hidden_layers"]))
+
+    @property
+    def quantization(self) -> dict:
+        """The checkpoint's default (group_size, bits, mode) and how many layers differ from it."""
+        found = self.config.get("quantization") or {}
+        plain = {k: v for k, v in found.items() if not isinstance(v, dict)}
+        return {**plain, "exceptions": sum(isinstance(v, dict) for v in found.values())}
+
+    @cached_property
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for file in (self.path / "config.json", *self.weight_files):
+            total.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    total.update(block)
+        return "sha256:" + total.hexdigest()
+
+
+def _read_json(path: Path, root: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LabError(f"[checkpoint] {root.name}/{path.name}: expected a file, got none") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LabError(f"[checkpoint] {path.name}: expected JSON, got {error}") from None
+    if not isinstance(found, dict):
+        raise LabError(f"[checkpoint] {path.name}: expected an object, got {type(found).__name__}")
+    return found
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Tensor table of a safetensors file, checked against the file's size byte for byte."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise LabError(f"[checkpoint] {path.name}: expected an 8-byte length, got {size} bytes")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise LabError(
+                f"[checkpoint] {path.name} header: expected at most {size - 8} bytes, "
+                f"got a length of {length} (torn or truncated file)"
+            )
+        raw = stream.read(length)
+    try:
+        table = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LabError(f"[checkpoint] {path.name} header: expected JSON, got {error}") from None
+    if not isinstance(table, dict):
+        raise LabError(f"[checkpoint] {path.name} header: expected an object, got {table!r:.40}")
+    table.pop("__metadata__", None)
+    _check_spans(path.name, table, size - 8 - length)
+    return table
+
+
+def _check_spans(file: str, table: dict, data_bytes: int) -> None:
+    end = 0
+    try:
+        spans = sorted((*entry["data_offsets"], name) for name, entry in table.items())
+        for begin, stop, name in spans:
+            dtype, shape = table[name]["dtype"], table[name]["shape"]
+            if dtype not in ITEM_BYTES:
+                raise LabError(f"[checkpoint] {file} {name}: expected a known dtype, got {dtype!r}")
+            need = math.prod(shape) * ITEM_BYTES[dtype]
+            if stop - begin != need or begin != end:
+                raise LabError(
+                    f"[checkpoint] {file} {name}: expected bytes {end}..{end + need} for "
+                    f"{dtype}{shape}, got {begin}..{stop}"
+                )
+            end = stop
+    except (KeyError, TypeError) as error:
+        raise LabError(
+            f"[checkpoint] {file} header: expected dtype, shape and data_offsets per tensor, "
+            f"got {error!r}"
+        ) from None
+    if end != data_bytes:
+        raise LabError(
+            f"[checkpoint] {file}: expected {end} bytes of tensors, got {data_bytes} "
+            "(torn or truncated file)"
+        )
+
+
+def _check_config(config: dict) -> None:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise LabError(
+            f"[config.json] model_type: expected one of {sorted(FAMILIES)}, got {kind!r}"
+        )
+    fields = ("hidden_size", "num_hidden_layers", "num_experts_per_tok", "moe_intermediate_size")
+    for field in (*fields, "vocab_size", EXPERTS_FIELD[kind]):
+        value = config.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise LabError(f"[config.json] {field}: expected a positive integer, got {value!r}")
+    experts, top_k = config[EXPERTS_FIELD[kind]], config["num_experts_per_tok"]
+    if top_k > experts:
+        raise LabError(
+            f"[config.json] num_experts_per_tok: expected at most {experts} (experts), got {top_k}"
+        )
+
+
+def _check_index(folder: Path, tensors: dict[str, str]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    for name, file in _read_json(index, folder).get("weight_map", {}).items():
+        if tensors.get(name) != file:
+            raise LabError(
+                f"[checkpoint] {index.name} {name}: expected it in {file}, "
+                f"got {tensors.get(name, 'no such tensor')}"
+            )
+
+
+def inspect(path: str | Path) -> Checkpoint:
+    """Check a model folder by its headers alone; no weight is read."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise LabError(f"[model] {path}: expected a model folder, got none")
+    config = _read_json(folder / "config.json", folder)
+    _check_config(config)
+    files = tuple(sorted(folder.glob("model*.safetensors")))
+    if not files:
+        raise LabError(f"[checkpoint] {folder.name}: expected model*.safetensors, got none")
+    tensors: dict[str, str] = {}
+    for file in files:
+        for name in read_header(file):
+            if name in tensors:
+                raise LabError(
+                    f"[checkpoint] {name}: expected one copy, got {tensors[name]} and {file.name}"
+                )
+            tensors[name] = file.name
+    _check_index(folder, tensors)
+    return Checkpoint(folder.resolve(), config, files)
+
+
+def load_weights(checkpoint: Checkpoint, lazy: bool = False):
+    """The model alone, through mlx-lm; a config that contradicts the tensors is a LabError."""
+    try:
+        return load_model(checkpoint.path, lazy=lazy)[0]
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise LabError(f"[checkpoint] {checkpoint.name}: config and tensors: {error}") from error
+
+
+def load(checkpoint: Checkpoint):
+    """(model, tokenizer) exactly as mlx_lm.load gives them."""
+    load_weights(checkpoint, lazy=True)  # cheap: shapes only, so the error names the folder
+    return mlx_lm.load(str(checkpoint.path))

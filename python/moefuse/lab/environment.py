@@ -1,0 +1,114 @@
+"""What a capsule says about the machine: enough to compare, nothing that names it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import mlx.core as mx
+
+FLAGS = ("ZMLX_", "MOEFUSE_", "MLX_", "OMP_")
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ("git", "-C", str(root), *args), capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def repository_root() -> Path:
+    """The git work tree around the current folder, else the current folder."""
+    top = _git(Path.cwd(), "rev-parse", "--show-toplevel")
+    return Path(top) if top else Path.cwd()
+
+
+def commit(root: Path) -> str | None:
+    """Short commit, with "-dirty" when tracked code differs from it; None outside git."""
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    code = ("CMakeLists.txt", "include", "src", "python")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    return head + ("-dirty" if changed else "")
+
+
+def relative(path: Path, root: Path) -> str:
+    """Path as a capsule may show it: relative to the repository, else its last part alone."""
+    path, root = path.resolve(), root.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def _os_name() -> str:
+    if platform.system() == "Linux":
+        try:
+            return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+        except OSError:
+            return "Linux"
+    return f"{platform.system()} {platform.mac_ver()[0]}".strip()
+
+
+def device_name() -> str:
+    """The default MLX device in words, with the core count where it is the CPU."""
+    device = mx.default_device()
+    info = mx.device_info(device)
+    name = info.get("device_name") or info.get("architecture") or platform.machine()
+    if device.type == mx.cpu:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"cpu: {name}, {cores} cores"
+    return f"gpu: {name}"
+
+
+def flags() -> dict[str, str]:
+    """Environment settings that change what runs; a value that is a path is not repeated."""
+    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(FLAGS)}
+    return {k: "(a path)" if "/" in v else v for k, v in found.items()}
+
+
+def version_of(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def meta(engine, root: Path, command: str) -> dict:
+    """The capsule's `meta`, but for what the campaign itself adds."""
+    capabilities = engine.capabilities()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": now(),
+        "device": device_name(),
+        "memory_gb": round(memory / 1e9, 1),
+        "os": f"{_os_name()} {platform.machine()}",
+        "mlx_version": version_of("mlx"),
+        "mlx_lm_version": version_of("mlx-lm"),
+        "moefuse_version": engine.__version__,
+        "git_commit": commit(root),
+        "python": platform.python_version(),
+        "compiler": capabilities.get("compiler"),
+        "capabilities": _without_paths(capabilities),
+        "env": flags(),
+        "command": command,
+    }
+
+
+def _without_paths(value):
+    if isinstance(value, dict):
+        return {str(k): _without_paths(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(v) for v in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)

@@ -1,0 +1,196 @@
+"""Two gates: the tokens equal stock's, or the logits are shown at least as close to an oracle.
+
+The oracle is the same checkpoint with every floating parameter in float32, run through stock
+mlx-lm: none of our kernels takes part. Stock, variant and oracle are forced through the same
+tokens one at a time, by the decode path, because prefill takes other kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .checkpoint import Checkpoint, load_weights
+from .measure import prefill
+from .prompts import Prompt
+from .stats import mean_interval
+
+CHUNK = 64  # forced positions per prompt
+VERDICTS = ("identical", "closer", "fail")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Forced positions [start, start + count) of one prompt's stock tokens."""
+
+    prompt: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class PromptVerdict:
+    name: str
+    verdict: str
+    matched: int  # tokens before the first difference
+    total: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    verdict: str
+    matched: int
+    total: int
+    per_prompt: tuple[PromptVerdict, ...]
+    oracle_error: dict | None  # rms logit error of stock and variant, forced positions
+
+    def record(self) -> dict:
+        found = asdict(self)
+        found["per_prompt"] = list(found["per_prompt"])
+        if self.oracle_error:  # JSON has no infinity or NaN
+            found["oracle_error"] = {
+                k: v if np.isfinite(v) else None for k, v in self.oracle_error.items()
+            }
+        return found
+
+
+def matching(stock: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens agree."""
+    pairs = zip(stock, other, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(stock))
+
+
+def window(prompt: str, matched: int, total: int, chunk: int = CHUNK) -> Window:
+    """Positions to force: around the first difference, or the beginning when there is none."""
+    count = min(chunk, total)
+    start = 0 if matched == total else min(max(0, matched - count // 2), total - count)
+    return Window(prompt, start, count)
+
+
+def forced_logits(model, prompt: Sequence[int], tokens: Sequence[int], at: Window) -> np.ndarray:
+    """Logits [count, vocab], float32, for the given window of `tokens` after `prompt`."""
+    prefix = [*prompt, *tokens[: at.start]]
+    inputs = [prefix[-1], *tokens[at.start : at.start + at.count - 1]]
+    cache, _ = prefill(model, prefix)
+    rows = []
+    for token in inputs:
+        logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
+        rows.append(np.array(logits))
+    return np.stack(rows)
+
+
+def load_oracle(checkpoint: Checkpoint):
+    """The float32 reference model."""
+    model = load_weights(checkpoint)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def logit_error(logits: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """Difference per position and token, each row centred: softmax ignores a common shift."""
+    error = logits.astype(np.float64) - oracle
+    return error - error.mean(axis=-1, keepdims=True)
+
+
+def _at_divergence(stock: np.ndarray, error: np.ndarray) -> tuple[float, float]:
+    """Stock's margin between its two best tokens there, and its own largest error there."""
+    second, first = np.partition(stock, -2)[-2:]
+    return float(first - second), float(np.abs(error).max())
+
+
+def not_worse(stock_errors: np.ndarray, variant_errors: np.ndarray) -> bool:
+    """Whether the variant's mean squared error is shown to be no larger than stock's.
+
+    A smaller rms alone would pass one of two equally noisy kernels by chance, so the upper end
+    of the paired bootstrap interval of the difference has to be at most zero.
+    """
+    difference = variant_errors - stock_errors
+    return bool(np.all(np.isfinite(difference)) and mean_interval(difference)[1] <= 0.0)
+
+
+def judge(
+    stock_tokens: Mapping[str, Sequence[int]],
+    variant_tokens: Mapping[str, Sequence[int]],
+    windows: Mapping[str, Window],
+    stock: Mapping[str, np.ndarray],
+    variant: Mapping[str, np.ndarray],
+    oracle: Mapping[str, np.ndarray],
+) -> Fidelity:
+    """Verdict per prompt and over all; the arrays hold forced logits by prompt name.
+
+    Every prompt that diverged needs its window in the three arrays; errors are pooled over all
+    forced positions.
+    """
+    errors = {
+        name: (logit_error(stock[name], oracle[name]), logit_error(variant[name], oracle[name]))
+        for name in windows
+    }
+    pooled = None
+    shown = False
+    if errors:
+        squares = [np.concatenate([(e[i] ** 2).mean(-1) for e in errors.values()]) for i in (0, 1)]
+        shown = not_worse(*squares)
+        rms = [float(np.sqrt(s.mean())) for s in squares]
+        pooled = {"stock": rms[0], "variant": rms[1], "positions": squares[0].size}
+    found = []
+    for name, tokens in variant_tokens.items():
+        matched, total = matching(stock_tokens[name], tokens), len(tokens)
+        if matched == total:
+            found.append(PromptVerdict(name, "identical", matched, total, "every token equal"))
+            continue
+        row = matched - windows[name].start
+        margin, error = _at_divergence(stock[name][row], errors[name][0][row])
+        close = margin < error
+        reason = (
+            f"at token {matched} stock's margin {margin:.3g} against its error {error:.3g}; "
+            f"logits {'' if shown else 'not '}shown at least as close as stock's"
+        )
+        verdict = "closer" if shown and close else "fail"
+        found.append(PromptVerdict(name, verdict, matched, total, reason))
+    worst = max((p.verdict for p in found), key=VERDICTS.index)
+    matched_all = sum(p.matched for p in found)
+    return Fidelity(worst, matched_all, sum(p.total for p in found), tuple(found), pooled)
+
+
+class Oracle:
+    """Forced logits of stock and oracle, computed once per window; float32 model on demand."""
+
+    def __init__(self, model, checkpoint: Checkpoint, chunk: int = CHUNK):
+        self.model, self.checkpoint, self.chunk = model, checkpoint, chunk
+        self._seen: dict[Window, tuple[np.ndarray, np.ndarray]] = {}
+
+    def windows(
+        self,
+        stock_tokens: Mapping[str, Sequence[int]],
+        variant_tokens: Mapping[str, Sequence[int]],
+        always: int = 2,
+    ) -> dict[str, Window]:
+        """Where to force: each prompt that diverged, and the first `always` in any case."""
+        found = {}
+        for i, (name, tokens) in enumerate(variant_tokens.items()):
+            matched = matching(stock_tokens[name], tokens)
+            if matched < len(tokens) or i < always:
+                found[name] = window(name, matched, len(tokens), self.chunk)
+        return found
+
+    def references(
+        self,
+        prompts: Mapping[str, Prompt],
+        tokens: Mapping[str, Sequence[int]],
+        windows: Mapping[str, Window],
+    ) -> tuple[dict, dict]:
+        """(stock logits, oracle logits) by prompt name; the model must be unpatched."""
+        missing = [at for at in windows.values() if at not in self._seen]
+        reference = load_oracle(self.checkpoint) if missing else None
+        for at in missing:
+            case = (prompts[at.prompt].ids, tokens[at.prompt], at)
+            self._seen[at] = forced_logits(self.model, *case), forced_logits(reference, *case)
+        del reference
+        mx.clear_cache()
+        stock = {name: self._seen[at][0] for name, at in windows.items()}
+        return stock, {name: self._seen[at][1] for name, at in windows.items()}

@@ -1,0 +1,108 @@
+"""LAB_NOTEBOOK.md: one entry per campaign, every sentence derived from its capsules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import files
+
+NAME = "LAB_NOTEBOOK.md"
+HEADER = "# Lab notebook\n\nOne entry per campaign, newest last, written by `moefuse bench`.\n"
+
+
+def span(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.3f}-{interval[1]:.3f}"
+
+
+def result_line(found: dict) -> str:
+    """One variant in one line: gain, its interval, verdict, decision."""
+    s, f = found["summary"], found["fidelity"]
+    return (
+        f"- `{found['variant']}`: {s['decode_speedup']:.3f}x decode [{span(s['interval'])}], "
+        f"prefill {s['prefill_change']:+.1%}, {f['verdict']} ({f['matched']}/{f['total']}), "
+        f"{s['decision']}"
+    )
+
+
+def _interpretation(control: dict, found: Sequence[dict]) -> list[str]:
+    aa = control["control"]
+    lines = [
+        f"Stock against itself spans {span(aa['aa_interval'])}: no ratio inside it means anything."
+    ]
+    if aa["self_matched"] < aa["self_total"]:
+        lines.append(
+            f"Stock is not deterministic here: {aa['self_matched']}/{aa['self_total']} tokens "
+            "agree between its own runs, so identity is not attainable by any variant."
+        )
+    missed = [name for name, verdict in aa["faults"].items() if verdict != "fail"]
+    if missed:
+        lines.append(f"The fidelity gate missed planted faults ({', '.join(missed)}): distrust it.")
+    else:
+        lines.append("The fidelity gate failed every planted fault, as it must.")
+    above = [c["variant"] for c in found if c["summary"]["interval"][0] > aa["aa_interval"][1]]
+    lines.append(f"Beyond the A/A interval: {', '.join(f'`{v}`' for v in above) or 'none'}.")
+    return lines
+
+
+def _next(found: Sequence[dict], quick: bool) -> list[str]:
+    decisions = {c["variant"]: c["summary"]["decision"] for c in found}
+    lines = []
+    void = [v for v, d in decisions.items() if d.startswith("void")]
+    if void:
+        lines.append(f"Find out why {', '.join(f'`{v}`' for v in void)} did not run.")
+    if quick:
+        lines.append("Repeat at full length (`moefuse bench` without `--quick`) before believing.")
+    held = [v for v, d in decisions.items() if d == "hold"]
+    if held and not quick:
+        lines.append(f"More runs, or drop: {', '.join(f'`{v}`' for v in held)}.")
+    return lines or ["Nothing follows from this campaign alone."]
+
+
+def entry(control: dict, found: Sequence[dict], skipped: dict[str, str]) -> str:
+    """The text of one entry. `found`: variant capsules; `skipped`: variant -> why not measured."""
+    meta, model = control["meta"], control["model"]
+    sizes = ", ".join(
+        f"{k} {control['max_tokens'][k]} tokens x {control['runs'][k]} runs"
+        for k in control["max_tokens"]
+    )
+    names = ", ".join(f"`{c['variant']}`" for c in found) or "none"
+    best = [c for c in found if c["summary"]["decision"] == "promote"]
+    best.sort(key=lambda c: -c["summary"]["decode_speedup"])
+    every = (control, *found)
+    sections = {
+        "Question": [
+            f"Do {names} decode {Path(model['path']).name} faster than stock mlx-lm on "
+            f"{meta['device']}, with stock's tokens?"
+        ],
+        "Code delta": [
+            f"moefuse {meta['moefuse_version']} at commit {meta['git_commit'] or 'unknown'}; "
+            f"mlx {meta['mlx_version']}, mlx-lm {meta['mlx_lm_version']}. "
+            "Stock and variant differ in the patch alone, put on and taken off in one process."
+        ],
+        "Method": [
+            f"`{meta['command']}`: {sizes}; A B B A order, {len(control['prompts'])} prompts, "
+            f"greedy, {'quick' if meta['quick'] else 'full'} lengths. A/A control in the same "
+            "campaign; bootstrap 95 % intervals of the paired ratio; peak memory by "
+            f"{meta['memory_source']}."
+        ],
+        "Capsules": [f"- `repro_capsules/{meta['campaign']}-*.json` ({len(every)})"],
+        "Results": [result_line(c) for c in every]
+        + [f"- `{name}`: not measured: {why}" for name, why in skipped.items()],
+        "Interpretation": _interpretation(control, found),
+        "Decision": [f"Promote `{best[0]['variant']}`."] if best else ["Promote nothing."],
+        "Next": _next(found, meta["quick"]),
+    }
+    body = "\n\n".join(f"**{name}.** " + _join(lines) for name, lines in sections.items())
+    return f"\n## EXP-{meta['campaign']}\n\n{body}\n"
+
+
+def _join(lines: Sequence[str]) -> str:
+    return "\n" + "\n".join(lines) if lines[0].startswith("- ") else " ".join(lines)
+
+
+def add(path: Path, text: str) -> None:
+    """Append an entry, whole or not at all."""
+    with files.locked(path.with_name(f".{path.name}.lock")):
+        old = path.read_text(encoding="utf-8") if path.exists() else HEADER
+        files.write_atomic(path, old + text)
