@@ -17,7 +17,8 @@ foreach(isa ${MOEFUSE_ISAS})
   add_library(moefuse_${isa} OBJECT src/cpu/isa.cpp)
   target_compile_definitions(moefuse_${isa} PRIVATE MOEFUSE_ISA=${isa})
   target_include_directories(moefuse_${isa} PRIVATE src include)
-  target_compile_options(moefuse_${isa} PRIVATE -O3 ${MOEFUSE_FLAGS_${isa}} -Wno-psabi)
+  target_compile_options(moefuse_${isa} PRIVATE -O3 ${MOEFUSE_FLAGS_${isa}} -Wno-psabi
+      -Wno-maybe-uninitialized)  # GCC 12 warns about its own AVX-512 headers
   list(APPEND MOEFUSE_ISA_OBJECTS $<TARGET_OBJECTS:moefuse_${isa}>)
   string(TOUPPER ${isa} name)
   add_compile_definitions(MOEFUSE_HAS_${name})

@@ -83,7 +83,7 @@ inline Vector load(const void* p) {
 // v[index[l]]; only the low four bits of an index count.
 [[maybe_unused]] inline f32x16 permute(f32x16 v, i32x16 index) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+  return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, (__m512)v);
 #else
   f32x16 out;
   for (int l = 0; l < kLanes; ++l) out[l] = v[index[l] & 15];
@@ -102,13 +102,85 @@ inline Vector load(const void* p) {
 #endif
 }
 
-inline void store_floats(void* array, Dtype dtype, int64_t first, int n, f32x16 v) {
+[[maybe_unused]] inline float half_to_float(uint16_t v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  __fp16 half;
+  memcpy(&half, &v, sizeof half);
+  return half;
+#else
+  _Float16 half;
+  memcpy(&half, &v, sizeof half);
+  return static_cast<float>(half);
+#endif
+}
+
+[[maybe_unused]] inline f32x16 widen_half(u16x16 v) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+#else
+  f32x16 out;
+  for (int l = 0; l < kLanes; ++l) out[l] = half_to_float(v[l]);
+  return out;
+#endif
+}
+
+// Rounds to nearest even; a NaN becomes 0x7d00, as in MLX.
+[[maybe_unused]] inline u16x16 narrow_half(f32x16 v) {
+  u16x16 out;
+#if defined(__F16C__)
+  for (int i = 0; i < 2; ++i) {
+    __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps((const float*)&v + 8 * i),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    memcpy((char*)&out + 16 * i, &half, 16);
+  }
+#else
+  for (int l = 0; l < kLanes; ++l) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    const auto half = static_cast<__fp16>(v[l]);
+#else
+    const auto half = static_cast<_Float16>(v[l]);
+#endif
+    uint16_t bits;
+    memcpy(&bits, &half, sizeof bits);
+    out[l] = bits;
+  }
+#endif
+  const u16x16 nan = u16x16{} + 0x7d00;
+  return __builtin_convertvector(v != v, u16x16) ? nan : out;
+}
+
+[[maybe_unused]] inline f32x16 widen_bfloat16(u16x16 v) {
+  return as_float(__builtin_convertvector(v, u32x16) << 16);
+}
+
+// Rounds to nearest even; a NaN becomes 0x7fc0, as in MLX.
+[[maybe_unused]] inline u16x16 narrow_bfloat16(f32x16 v) {
+  const u32x16 bits = as_bits(v);
+  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? u32x16{} + 0x7fc0u : rounded, u16x16);
+}
+
+// Elements [first, first + n) of an array, n <= 16, as floats; missing lanes are zero.
+[[maybe_unused]] inline f32x16 load_floats(const void* array, Dtype dtype, int64_t first, int n) {
   if (dtype == Dtype::float32) {
-    memcpy((float*)array + first, &v, 4 * n);
+    f32x16 v{};
+    memcpy(&v, (const float*)array + first, n == kLanes ? 64 : 4 * n);
+    return v;
+  }
+  u16x16 v{};
+  memcpy(&v, (const uint16_t*)array + first, n == kLanes ? 32 : 2 * n);
+  return dtype == Dtype::bfloat16 ? widen_bfloat16(v) : widen_half(v);
+}
+
+[[maybe_unused]] inline void store_floats(void* array, Dtype dtype, int64_t first, int n, f32x16 v) {
+  if (dtype == Dtype::float32) {
+    memcpy((float*)array + first, &v, n == kLanes ? 64 : 4 * n);
     return;
   }
   const u16x16 narrow = dtype == Dtype::bfloat16 ? narrow_bfloat16(v) : narrow_half(v);
-  memcpy((uint16_t*)array + first, &narrow, 2 * n);
+  memcpy((uint16_t*)array + first, &narrow, n == kLanes ? 32 : 2 * n);
 }
 
 // The sum of the lanes, always as a tree of halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.

@@ -18,32 +18,14 @@
 //
 // Dot::fma and Dot::separate. The activations stay fp32, the partial dot of a lane is a chain of
 // 32 / bits products: the same second term with u (C + G + 8 + 32 / bits), and no first.
+#include "cpu/dialect.h"
+
+namespace moefuse::cpu {
+namespace {
+
 constexpr int kChunk = 64;            // bytes of a row handled at once
 constexpr int kPrefetch = 24 * 64;    // bytes ahead; rows follow each other in memory
 constexpr float kGridMax = 32639.0f;  // 127 * 256 + 127
-
-inline f32x16 widen_float16(u16x16 v) {
-#if defined(__AVX512F__)
-  return (f32x16)_mm512_cvtph_ps((__m256i)v);
-#else
-  f32x16 out;
-  for (int l = 0; l < kLanes; ++l) out[l] = float16_to_float(v[l]);
-  return out;
-#endif
-}
-
-// Elements [first, first + n) of an array, n <= 16, as floats; missing lanes are zero.
-inline f32x16 load_floats(const void* array, Dtype dtype, int64_t first, int n) {
-  if (dtype == Dtype::float32) {
-    f32x16 v{};
-    memcpy(&v, (const float*)array + first, n == kLanes ? 64 : 4 * n);
-    return v;
-  }
-  u16x16 v{};
-  memcpy(&v, (const uint16_t*)array + first, n == kLanes ? 32 : 2 * n);
-  if (dtype == Dtype::float16) return widen_float16(v);
-  return as_float(__builtin_convertvector(v, u32x16) << 16);
-}
 
 // Where the parts of a prepared vector are: planes, then step and sum for each group.
 struct Layout {
@@ -306,3 +288,6 @@ void qmv(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y
     default: return qmv_shape<Separate>(w, x, vectors, y, y_stride, row_begin, row_end);
   }
 }
+
+}  // namespace
+}  // namespace moefuse::cpu

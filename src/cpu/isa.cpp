@@ -21,7 +21,7 @@ const Kernels MOEFUSE_TABLE(MOEFUSE_ISA) = {
     .exact_swiglu = exact_swiglu,
     .combine = combine,
     .prepared_bytes = prepared_bytes,
-    .prepare = prepare_vector,
+    .prepare = prepare,
     .qmv = qmv,
     .swiglu = swiglu,
 };

@@ -1,4 +1,8 @@
 // SwiGLU in fp32, and the exponential that it and the attention share.
+#include "cpu/dialect.h"
+
+namespace moefuse::cpu {
+namespace {
 
 // exp(x) within 2 units in the last place for results in the normal range; below exp(-87.3) it
 // stays at that value's size (1.2e-38), above exp(88.7) it is infinite. NaN stays NaN.
@@ -35,3 +39,6 @@ void swiglu(const float* gate, const float* up, float* out, int n) {
     memcpy(out + i, &y, 4 * count);
   }
 }
+
+}  // namespace
+}  // namespace moefuse::cpu

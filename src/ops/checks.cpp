@@ -87,20 +87,20 @@ cpu::Dtype cpu_dtype(mx::Dtype dtype) {
   return dtype == mx::float16 ? cpu::Dtype::float16 : cpu::Dtype::bfloat16;
 }
 
-cpu::QuantizedMatrix expert_matrix(const mx::array& weight, const mx::array& scales,
-                                   const mx::array& biases, int64_t expert, int group_size,
-                                   int bits) {
-  const int64_t words = int64_t(weight.shape(1)) * weight.shape(2);
-  const int64_t groups = int64_t(scales.shape(1)) * scales.shape(2);
-  const size_t offset = expert * groups * scales.itemsize();
-  return {weight.data<uint32_t>() + expert * words,
-          scales.data<char>() + offset,
-          biases.data<char>() + offset,
-          cpu_dtype(scales.dtype()),
-          weight.shape(1),
-          weight.shape(2) * (32 / bits),
-          group_size,
-          bits};
+cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int at, int group_size,
+                              int bits) {
+  auto &weight = inputs[at], &scales = inputs[at + 1], &biases = inputs[at + 2];
+  return {{weight.data<uint32_t>(), scales.data<char>(), biases.data<char>(),
+           cpu_dtype(scales.dtype()), weight.shape(1), weight.shape(2) * (32 / bits), group_size,
+           bits},
+          weight.shape(0)};
+}
+
+// The grid is finer than bfloat16 and float16 activations need and coarser than float32's own.
+cpu::Arithmetic cpu_arithmetic(Accumulate accumulate, mx::Dtype dtype) {
+  if (dtype != mx::float32) return {accumulate == Accumulate::exact, cpu::Dot::grid};
+  return {accumulate == Accumulate::exact,
+          accumulate == Accumulate::fp32 ? cpu::Dot::fma : cpu::Dot::separate};
 }
 
 void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts) {

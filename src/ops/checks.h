@@ -2,9 +2,11 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/moe_experts.h"
 #include "mlx/mlx.h"
+#include "mlx/primitives.h"
 #include "moefuse/ops.h"
 
 namespace moefuse {
@@ -36,11 +38,11 @@ ExpertShape check_experts(const std::string& op, const std::string& what,
 // The array itself where it is known to be row contiguous, else a node that makes it so.
 mx::array row_contiguous(const mx::array& a, mx::StreamOrDevice s);
 
-// Matrix `expert` of a stack whose tensors are evaluated and row contiguous.
-cpu::QuantizedMatrix expert_matrix(const mx::array& weight, const mx::array& scales,
-                                   const mx::array& biases, int64_t expert, int group_size,
-                                   int bits);
+// inputs[at .. at + 3) as a stack of experts; they are evaluated and row contiguous.
+cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int at, int group_size,
+                              int bits);
 cpu::Dtype cpu_dtype(mx::Dtype dtype);
+cpu::Arithmetic cpu_arithmetic(Accumulate accumulate, mx::Dtype dtype);
 
 // Throws std::invalid_argument when an index is outside [0, experts).
 void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts);

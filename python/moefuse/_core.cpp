@@ -1,0 +1,141 @@
+// The Python face of include/moefuse/ops.h: names, defaults and docstrings, nothing that computes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+
+#include <tuple>
+
+#include "moefuse/ops.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace mx = mlx::core;
+
+namespace {
+
+using Experts = std::tuple<mx::array, mx::array, mx::array>;  // weight, scales, biases
+
+moefuse::QuantizedExperts experts(const Experts& w) {
+  return {std::get<0>(w), std::get<1>(w), std::get<2>(w)};
+}
+
+void bind_router(nb::module_& m) {
+  m.def(
+      "moe_router_argpartition_logits_topk",
+      [](const mx::array& logits, int k, const std::string& scoring, bool norm_topk_prob,
+         const std::optional<mx::array>& correction_bias, float scaling_factor, int n_group,
+         int topk_group, const std::string& mode, mx::StreamOrDevice stream) {
+        moefuse::RouterOptions options = {.scoring = moefuse::scoring_from(scoring),
+                                          .norm_topk_prob = norm_topk_prob,
+                                          .scaling_factor = scaling_factor,
+                                          .n_group = n_group,
+                                          .topk_group = topk_group,
+                                          .mode = moefuse::router_mode_from(mode)};
+        return moefuse::moe_router_argpartition_logits_topk(logits, k, options, correction_bias,
+                                                            stream);
+      },
+      "logits"_a, "k"_a, nb::kw_only(), "scoring"_a = "softmax", "norm_topk_prob"_a = true,
+      "correction_bias"_a = nb::none(), "scaling_factor"_a = 1.0f, "n_group"_a = 1,
+      "topk_group"_a = 1, "mode"_a = "exact", "stream"_a = nb::none(),
+      R"(Top-k experts of each row of router logits, and their weights.
+
+Args:
+    logits: [..., E], float32, float16 or bfloat16.
+    k: experts a row, 1 to 16 and at most E.
+    scoring: "softmax" (Qwen3-MoE) or "sigmoid" (GLM-lite).
+    norm_topk_prob: divide the weights by their sum.
+    correction_bias: [E], added to the sigmoid scores for the choice only.
+    mode: "exact" keeps the stock graph's bits and order; "logits" (softmax only) selects on the
+        logits and normalises over the selected.
+Returns:
+    (indices uint32, weights), both [..., k]; weights have logits' dtype for softmax and are
+    float32 for sigmoid.
+Raises:
+    ValueError: names the argument, what was expected and what came.)");
+}
+
+void bind_combine(nb::module_& m) {
+  m.def(
+      "moe_combine_weighted_sum_fp32_no_fma",
+      [](const mx::array& y, const mx::array& weights, const std::string& accumulate,
+         mx::StreamOrDevice stream) {
+        return moefuse::moe_combine_weighted_sum_fp32_no_fma(
+            y, weights, moefuse::accumulate_from(accumulate), stream);
+      },
+      "y"_a, "weights"_a, nb::kw_only(), "accumulate"_a = "fp32_no_fma", "stream"_a = nb::none(),
+      R"(Weighted sum of the experts' outputs: y [..., k, D], weights [..., k] -> [..., D].
+
+accumulate: "fp32_no_fma" rounds product and sum apart in fp32 and casts once; "fp32" fuses them;
+"exact" computes in the promoted dtype of y and weights, as (y * weights[..., None]).sum(-2) does.
+The result has y's dtype. Raises ValueError on a wrong dtype or shape.)");
+}
+
+void bind_experts(nb::module_& m) {
+  m.def(
+      "moe_gather_qmm_swiglu_downproj_combine",
+      [](const mx::array& x, const Experts& gate, const Experts& up, const Experts& down,
+         const mx::array& indices, const mx::array& weights, const std::string& accumulate,
+         int group_size, int bits, mx::StreamOrDevice stream) {
+        return moefuse::moe_gather_qmm_swiglu_downproj_combine(
+            x, experts(gate), experts(up), experts(down), indices, weights,
+            moefuse::accumulate_from(accumulate), group_size, bits, stream);
+      },
+      "x"_a, "gate"_a, "up"_a, "down"_a, "indices"_a, "weights"_a, nb::kw_only(),
+      "accumulate"_a = "fp32_no_fma", "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
+      R"(The routed experts of a MoE block in one primitive.
+
+Args:
+    x: [..., H], float32, float16 or bfloat16.
+    gate, up: (weight, scales, biases), affine-quantised [E, I, H].
+    down: (weight, scales, biases), affine-quantised [E, D, I].
+    indices: integers [..., k], k at most 16; weights: [..., k].
+    accumulate: "exact", "fp32_no_fma" or "fp32".
+    group_size: 32, 64 or 128; bits: 4 or 8.
+Returns:
+    [..., D] of x's dtype.
+Raises:
+    ValueError: names the tensor, what was expected and what came. An index out of range raises
+    when the result is evaluated.)");
+}
+
+void bind_gather_qmm_swiglu(nb::module_& m) {
+  m.def(
+      "gather_qmm_swiglu",
+      [](const mx::array& x, const mx::array& gate_w, const mx::array& gate_scales,
+         const mx::array& gate_biases, const mx::array& up_w, const mx::array& up_scales,
+         const mx::array& up_biases, const std::optional<mx::array>& lhs_indices,
+         const std::optional<mx::array>& rhs_indices, bool transpose, int group_size, int bits,
+         const std::string& mode, const std::string& accumulate, mx::StreamOrDevice stream) {
+        return moefuse::gather_qmm_swiglu(x, {gate_w, gate_scales, gate_biases},
+                                          {up_w, up_scales, up_biases}, lhs_indices, rhs_indices,
+                                          transpose, group_size, bits, mode,
+                                          moefuse::accumulate_from(accumulate), stream);
+      },
+      "x"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a, "up_w"_a, "up_scales"_a, "up_biases"_a,
+      "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(), "transpose"_a = true,
+      "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine", nb::kw_only(),
+      "accumulate"_a = "exact", "stream"_a = nb::none(),
+      R"(silu(gather_qmm(x, gate)) * gather_qmm(x, up), batched as mx.gather_qmm is.
+
+x is [..., M, K]; the weights are affine-quantised [E, N, K]; the result has the broadcast shape of
+the indices plus [M, N] and x's dtype. Raises ValueError on transpose=False, on another mode and on
+tensors that contradict each other.)");
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  nb::module_::import_("mlx.core");  // registers mx.array with nanobind before we name it
+  m.doc() = "Fused Mixture-of-Experts operations on MLX arrays.";
+  bind_router(m);
+  bind_combine(m);
+  bind_experts(m);
+  bind_gather_qmm_swiglu(m);
+  m.def("op_counters", &moefuse::op_counters,
+        "How often each op was evaluated since the process began, keyed 'op/arithmetic'.");
+  m.def("cpu_isa", &moefuse::cpu_isa, "The CPU instruction set in use, for example 'avx512'.");
+}

@@ -1,0 +1,110 @@
+#include <numeric>
+#include <vector>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "ops/checks.h"
+#include "ops/stock.h"
+
+namespace moefuse {
+
+namespace {
+
+constexpr const char* kOp = "gather_qmm_swiglu";
+
+class GatherQmmSwiglu : public mx::UnaryPrimitive {
+ public:
+  GatherQmmSwiglu(mx::Stream s, Accumulate accumulate, int group_size, int bits)
+      : UnaryPrimitive(s), accumulate_(accumulate), group_size_(group_size), bits_(bits) {}
+
+  // inputs: x [matrices, M, K], lhs and rhs indices [batches], then weight, scales and biases of
+  // gate and up.
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    count(kOp, to_string(accumulate_));
+    const cpu::GatherSwigluArgs args = {
+        .gate = expert_stack(inputs, 3, group_size_, bits_),
+        .up = expert_stack(inputs, 6, group_size_, bits_),
+        .arithmetic = cpu_arithmetic(accumulate_, out.dtype()),
+        .dtype = cpu_dtype(out.dtype()),
+        .x = inputs[0].data<char>(),
+        .matrix = inputs[1].data<uint32_t>(),
+        .expert = inputs[2].data<uint32_t>(),
+        .out = out.data<char>(),
+        .batches = static_cast<int>(inputs[1].size()),
+        .m = inputs[0].shape(1)};
+    const int matrices = inputs[0].shape(0);
+    mx::cpu::get_command_encoder(stream()).dispatch([args, matrices] {
+      check_indices("gather_qmm_swiglu, lhs", args.matrix, args.batches, matrices);
+      check_indices("gather_qmm_swiglu, rhs", args.expert, args.batches, args.gate.experts);
+      cpu::gather_qmm_swiglu(args);
+    });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    throw std::runtime_error(std::string("[") + kOp + "] has no GPU form of this primitive.");
+  }
+
+  bool is_equivalent(const Primitive& other) const override {
+    auto& o = static_cast<const GatherQmmSwiglu&>(other);
+    return accumulate_ == o.accumulate_ && group_size_ == o.group_size_ && bits_ == o.bits_;
+  }
+  DEFINE_NAME(GatherQmmSwiglu)
+
+ private:
+  Accumulate accumulate_;
+  int group_size_, bits_;
+};
+
+// The batch of an operand in order, the default of gather_qmm where no indices are given.
+mx::array batch_indices(const mx::Shape& batch, mx::StreamOrDevice s) {
+  const int n = std::accumulate(batch.begin(), batch.end(), 1, std::multiplies<>());
+  return mx::reshape(mx::arange(0, n, mx::uint32, s), batch, s);
+}
+
+mx::Shape batch_of(const mx::array& a) { return {a.shape().begin(), a.shape().end() - 2}; }
+
+}  // namespace
+
+mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
+                            const QuantizedExperts& up,
+                            const std::optional<mx::array>& lhs_indices,
+                            const std::optional<mx::array>& rhs_indices, bool transpose,
+                            int group_size, int bits, const std::string& mode,
+                            Accumulate accumulate, mx::StreamOrDevice s) {
+  check_quantization(kOp, group_size, bits);
+  check_float(kOp, "x", x);
+  if (mode != "affine") fail(kOp, "mode", "'affine'", "'" + mode + "'");
+  if (!transpose) fail(kOp, "transpose", "true", "false");
+  if (x.ndim() < 2) fail(kOp, "x", "rank 2 or more, [..., M, K]", describe(x.shape()));
+  const auto g = check_experts(kOp, "gate", gate, x.dtype(), group_size, bits);
+  const auto u = check_experts(kOp, "up", up, x.dtype(), group_size, bits);
+  if (u.experts != g.experts || u.rows != g.rows || u.cols != g.cols)
+    fail(kOp, "up", "gate's geometry " + describe(gate.weight.shape()),
+         describe(up.weight.shape()));
+  if (x.shape(-1) != g.cols)
+    fail(kOp, "x", "a last axis of gate's K " + std::to_string(g.cols), describe(x.shape()));
+  for (const auto* indices : {&lhs_indices, &rhs_indices})
+    if (*indices) check_integer(kOp, "indices", **indices);
+  if (!has_kernel(kOp, s))
+    return stock::gather_qmm_swiglu(x, gate, up, lhs_indices, rhs_indices, transpose, group_size,
+                                    bits, mode, s);
+
+  auto pair = mx::broadcast_arrays({lhs_indices ? *lhs_indices : batch_indices(batch_of(x), s),
+                                    rhs_indices ? *rhs_indices : batch_indices({g.experts}, s)},
+                                   s);
+  auto shape = pair[0].shape();
+  const int m = x.shape(-2);
+  shape.insert(shape.end(), {m, g.rows});
+  auto flat = [&](const mx::array& a) {
+    return row_contiguous(mx::reshape(mx::astype(a, mx::uint32, s), {-1}, s), s);
+  };
+  return mx::array(shape, x.dtype(),
+                   std::make_shared<GatherQmmSwiglu>(mx::to_stream(s), accumulate, group_size,
+                                                     bits),
+                   {row_contiguous(mx::reshape(x, {-1, m, g.cols}, s), s), flat(pair[0]),
+                    flat(pair[1]), row_contiguous(gate.weight, s), row_contiguous(gate.scales, s),
+                    row_contiguous(gate.biases, s), row_contiguous(up.weight, s),
+                    row_contiguous(up.scales, s), row_contiguous(up.biases, s)});
+}
+
+}  // namespace moefuse

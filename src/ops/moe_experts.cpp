@@ -1,0 +1,121 @@
+#include "cpu/moe_experts.h"
+
+#include <vector>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "ops/checks.h"
+#include "ops/stock.h"
+
+namespace moefuse {
+
+namespace {
+
+constexpr const char* kOp = "moe_gather_qmm_swiglu_downproj_combine";
+
+struct Setup {
+  Accumulate accumulate;
+  bool promoted;  // weights are float32 beside half activations: exact combines in fp32
+  int group_size, bits;
+  bool operator==(const Setup&) const = default;
+};
+
+cpu::CombineSteps combine_steps(const Setup& setup) {
+  if (setup.accumulate == Accumulate::fp32) return cpu::CombineSteps::fp32;
+  if (setup.accumulate == Accumulate::exact && !setup.promoted) return cpu::CombineSteps::dtype;
+  return cpu::CombineSteps::fp32_no_fma;
+}
+
+class MoeExperts : public mx::UnaryPrimitive {
+ public:
+  MoeExperts(mx::Stream s, Setup setup) : UnaryPrimitive(s), setup_(setup) {}
+
+  // inputs: x, indices, weights, then weight, scales, biases of gate, up and down.
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    count(kOp, to_string(setup_.accumulate));
+    const int group_size = setup_.group_size, bits = setup_.bits, k = inputs[1].shape(-1);
+    const cpu::ExpertsArgs args = {
+        .gate = expert_stack(inputs, 3, group_size, bits),
+        .up = expert_stack(inputs, 6, group_size, bits),
+        .down = expert_stack(inputs, 9, group_size, bits),
+        .arithmetic = cpu_arithmetic(setup_.accumulate, out.dtype()),
+        .combine = combine_steps(setup_),
+        .dtype = cpu_dtype(out.dtype()),
+        .x = inputs[0].data<char>(),
+        .indices = inputs[1].data<uint32_t>(),
+        .weights = inputs[2].data<float>(),
+        .out = out.data<char>(),
+        .rows = static_cast<int>(inputs[1].size() / k),
+        .k = k};
+    mx::cpu::get_command_encoder(stream()).dispatch([args] {
+      check_indices(kOp, args.indices, int64_t(args.rows) * args.k, args.gate.experts);
+      cpu::moe_experts(args);
+    });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    throw std::runtime_error(std::string("[") + kOp + "] has no GPU form of this primitive.");
+  }
+
+  bool is_equivalent(const Primitive& other) const override {
+    return setup_ == static_cast<const MoeExperts&>(other).setup_;
+  }
+  DEFINE_NAME(MoeExperts)
+
+ private:
+  Setup setup_;
+};
+
+void check_geometry(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
+                    const QuantizedExperts& down, int group_size, int bits) {
+  const auto g = check_experts(kOp, "gate", gate, x.dtype(), group_size, bits);
+  const auto u = check_experts(kOp, "up", up, x.dtype(), group_size, bits);
+  const auto d = check_experts(kOp, "down", down, x.dtype(), group_size, bits);
+  auto shape = [](const ExpertShape& e) { return mx::Shape{e.experts, e.rows, e.cols}; };
+  if (x.shape(-1) != g.cols)
+    fail(kOp, "x", "a last axis of gate's K " + std::to_string(g.cols), describe(x.shape()));
+  if (shape(u) != shape(g))
+    fail(kOp, "up", "gate's geometry " + describe(shape(g)), describe(shape(u)));
+  if (d.experts != g.experts || d.cols != g.rows)
+    fail(kOp, "down", "geometry [" + std::to_string(g.experts) + ", D, " +
+         std::to_string(g.rows) + "]", describe(shape(d)));
+}
+
+}  // namespace
+
+mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const QuantizedExperts& gate,
+                                                 const QuantizedExperts& up,
+                                                 const QuantizedExperts& down,
+                                                 const mx::array& indices, const mx::array& weights,
+                                                 Accumulate accumulate, int group_size, int bits,
+                                                 mx::StreamOrDevice s) {
+  check_quantization(kOp, group_size, bits);
+  check_float(kOp, "x", x);
+  check_float(kOp, "weights", weights);
+  check_integer(kOp, "indices", indices);
+  if (x.ndim() < 1) fail(kOp, "x", "rank 1 or more, [..., H]", describe(x.shape()));
+  check_geometry(x, gate, up, down, group_size, bits);
+  auto shape = x.shape();
+  const int k = indices.ndim() ? indices.shape(-1) : 0;
+  if (k < 1 || k > kMaxTopK)
+    fail(kOp, "indices", "1 to " + std::to_string(kMaxTopK) + " experts a row",
+         describe(indices.shape()));
+  shape.back() = k;
+  check_shape(kOp, "indices", indices, shape);
+  check_shape(kOp, "weights", weights, shape);
+  if (!has_kernel(kOp, s))
+    return stock::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
+
+  shape.back() = down.weight.shape(1);
+  const Setup setup = {accumulate, weights.dtype() != x.dtype(), group_size, bits};
+  std::vector<mx::array> inputs = {row_contiguous(x, s),
+                                   row_contiguous(mx::astype(indices, mx::uint32, s), s),
+                                   row_contiguous(mx::astype(weights, mx::float32, s), s)};
+  for (const auto* w : {&gate, &up, &down})
+    for (const auto* a : {&w->weight, &w->scales, &w->biases})
+      inputs.push_back(row_contiguous(*a, s));
+  return mx::array(shape, x.dtype(), std::make_shared<MoeExperts>(mx::to_stream(s), setup),
+                   std::move(inputs));
+}
+
+}  // namespace moefuse
