@@ -64,7 +64,8 @@ std::pair<mx::array, mx::array> moe_router_argpartition_logits_topk(
     const std::optional<mx::array>& correction_bias = std::nullopt, mx::StreamOrDevice s = {});
 
 // sum_i y[..., i, :] * weights[..., i]: y [..., k, D], weights [..., k] -> [..., D] of y's dtype.
-// exact multiplies and adds in the promoted dtype of y and weights, as the stock graph does.
+// exact takes the products in the promoted dtype of y and weights and sums them in fp32, as the
+// stock graph does.
 mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::array& weights,
                                                Accumulate accumulate = Accumulate::fp32_no_fma,
                                                mx::StreamOrDevice s = {});

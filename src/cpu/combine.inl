@@ -22,7 +22,7 @@ void combine_columns(const CombineArgs& a, int begin, int end) {
       } else if constexpr (kSteps == CombineSteps::fp32_no_fma) {
         sum = sum + y * weight;
       } else {
-        sum = round_to(a.y_dtype, sum + round_to(a.y_dtype, y * weight));
+        sum = sum + round_to(a.y_dtype, y * weight);
       }
     }
     store_floats(a.out, a.out_dtype, d, n, sum);

@@ -24,7 +24,7 @@ struct QuantizedMatrix {
 enum class Dot : uint8_t { grid, fma, separate };
 
 enum class CombineSteps : uint8_t {
-  dtype,        // product and sum rounded to y's dtype
+  dtype,        // products rounded to y's dtype, summed in fp32, one cast: stock's bits
   fp32_no_fma,  // product and sum rounded to fp32, one cast at the end
   fp32          // fused multiply-add in fp32, one cast at the end
 };

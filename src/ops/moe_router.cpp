@@ -51,9 +51,10 @@ struct Row {
 
 template <class T>
 void normalize(T* weights, int k) {
-  T sum = 0;
-  for (int i = 0; i < k; ++i) sum = static_cast<T>(sum + weights[i]);
-  for (int i = 0; i < k; ++i) weights[i] = static_cast<T>(weights[i] / sum);
+  float sum = 0.0f;  // stock MLX sums halves in fp32 and casts once
+  for (int i = 0; i < k; ++i) sum = sum + static_cast<float>(weights[i]);
+  const T total = static_cast<T>(sum);
+  for (int i = 0; i < k; ++i) weights[i] = static_cast<T>(weights[i] / total);
 }
 
 template <class T>
