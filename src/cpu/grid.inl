@@ -68,7 +68,8 @@ inline float grid_group(const float* x, int n, int16_t* grid, float* sum) {
     return *sum = __builtin_nanf("");
   }
   int exponent = grid_exponent(max_bits);
-  uint32_t step_bits = uint32_t(127 + exponent) << 23, inverse_bits = uint32_t(127 - exponent) << 23;
+  uint32_t step_bits = uint32_t(127 + exponent) << 23, inverse_bits = uint32_t(127 - exponent)
+                                                                      << 23;
   float step, inverse;
   memcpy(&step, &step_bits, 4);
   memcpy(&inverse, &inverse_bits, 4);
@@ -142,8 +143,10 @@ void prepare_bits(Dot dot, const void* x, Dtype dtype, int cols, int group_size,
     }
     for (int i = 0; i < n; i += span) {
       char* planes = base + (k + i) / span * at.plane_bytes;
-      if (dot == Dot::grid) split_planes<kBits>(grid + i, (int8_t*)planes);
-      else transpose_words<kBits>(values + i, (float*)planes);
+      if (dot == Dot::grid)
+        split_planes<kBits>(grid + i, (int8_t*)planes);
+      else
+        transpose_words<kBits>(values + i, (float*)planes);
     }
   }
 }
@@ -280,12 +283,15 @@ void qmv_shape(const QuantizedMatrix& w, const void* x, int vectors, float* y, i
   return run(qmv_rows<Chunk<8>, 32>);
 }
 
-void qmv(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y,
-         int64_t y_stride, int row_begin, int row_end) {
+void qmv(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,
+         int row_begin, int row_end) {
   switch (dot) {
-    case Dot::grid: return qmv_shape<Grid>(w, x, vectors, y, y_stride, row_begin, row_end);
-    case Dot::fma: return qmv_shape<Fused>(w, x, vectors, y, y_stride, row_begin, row_end);
-    default: return qmv_shape<Separate>(w, x, vectors, y, y_stride, row_begin, row_end);
+    case Dot::grid:
+      return qmv_shape<Grid>(w, x, vectors, y, y_stride, row_begin, row_end);
+    case Dot::fma:
+      return qmv_shape<Fused>(w, x, vectors, y, y_stride, row_begin, row_end);
+    default:
+      return qmv_shape<Separate>(w, x, vectors, y, y_stride, row_begin, row_end);
   }
 }
 

@@ -6,7 +6,8 @@ namespace {
 
 // exp(x) within 2 units in the last place for results in the normal range; below exp(-87.3) it
 // stays at that value's size (1.2e-38), above exp(88.7) it is infinite. NaN stays NaN.
-// x = n ln 2 + r, |r| <= 0.347; a polynomial of degree 6 in r (its error 2^-28 relative), times 2^n.
+// x = n ln 2 + r, |r| <= 0.347; a polynomial of degree 6 in r (its error 2^-28 relative), times
+// 2^n.
 inline f32x16 exp_lanes(f32x16 x) {
   const f32x16 low = splat(-87.3f), high = splat(88.72f);
   f32x16 v = x < low ? low : x;
