@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import quantize_model
@@ -125,3 +126,9 @@ class FakeEngine:
         for layer, block in self.undo:
             layer.mlp = block
         self.undo = []
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Folder of the tiny model; its parent stands for the repository."""
+    return write_model(tmp_path_factory.mktemp("repo") / "models" / "tiny")

@@ -97,7 +97,7 @@ def meta(engine, root: Path, command: str) -> dict:
         "moefuse_version": engine.__version__,
         "git_commit": commit(root),
         "python": platform.python_version(),
-        "compiler": capabilities.get("compiler"),
+        "compiler": _without_paths(capabilities.get("compiler")),
         "capabilities": _without_paths(capabilities),
         "env": flags(),
         "command": command,

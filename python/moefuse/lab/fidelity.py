@@ -19,6 +19,7 @@ from .prompts import Prompt
 from .stats import mean_interval
 
 CHUNK = 64  # forced positions per prompt
+MIN_POSITIONS = 32  # fewer show nothing: their interval is too narrow by far
 VERDICTS = ("identical", "closer", "fail")
 
 
@@ -94,7 +95,8 @@ def load_oracle(checkpoint: Checkpoint):
 def logit_error(logits: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     """Difference per position and token, each row centred: softmax ignores a common shift."""
     error = logits.astype(np.float64) - oracle
-    return error - error.mean(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # an infinite logit becomes a NaN error, which fails
+        return error - error.mean(axis=-1, keepdims=True)
 
 
 def _at_divergence(stock: np.ndarray, error: np.ndarray) -> tuple[float, float]:
@@ -106,11 +108,13 @@ def _at_divergence(stock: np.ndarray, error: np.ndarray) -> tuple[float, float]:
 def not_worse(stock_errors: np.ndarray, variant_errors: np.ndarray) -> bool:
     """Whether the variant's mean squared error is shown to be no larger than stock's.
 
-    A smaller rms alone would pass one of two equally noisy kernels by chance, so the upper end
-    of the paired bootstrap interval of the difference has to be at most zero.
+    A smaller rms alone would pass half of all kernels that are as noisy as stock, so the upper
+    end of the paired bootstrap interval of the difference has to be at most zero.
     """
     difference = variant_errors - stock_errors
-    return bool(np.all(np.isfinite(difference)) and mean_interval(difference)[1] <= 0.0)
+    if difference.size < MIN_POSITIONS or not np.all(np.isfinite(difference)):
+        return False
+    return mean_interval(difference)[1] <= 0.0
 
 
 def judge(

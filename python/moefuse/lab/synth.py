@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from . import LabError, files
@@ -141,6 +142,12 @@ class Maker:
             scales = mx.where(known, scales, mx.zeros_like(scales))
         return scales
 
+    def _codes(self, name: str, shape: tuple) -> mx.array:
+        """Uniform quantised codes, eight or four to a word: plain random bits."""
+        source = np.random.PCG64([self.seed, zlib.crc32(name.encode())])
+        words = source.random_raw((math.prod(shape) + 1) // 2).view(np.uint32)
+        return mx.array(words[: math.prod(shape)]).reshape(shape)
+
     def make(self, name: str, like: mx.array, packed: bool) -> mx.array:
         """One tensor of `like`'s shape; `packed`: its matrix is quantised."""
         base, _, part = name.rpartition(".")
@@ -148,7 +155,7 @@ class Maker:
         if part == "e_score_correction_bias":
             return 0.05 * mx.random.normal(like.shape, key=key)
         if packed and part == "weight":
-            return mx.random.bits(like.shape, key=key)
+            return self._codes(name, like.shape)
         if packed and part == "scales":
             return self._scales(base, like.shape)
         if packed and part == "biases":  # centres the codes: their mean weight is zero

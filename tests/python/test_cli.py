@@ -1,0 +1,147 @@
+"""The command line: help, exit codes, what goes to stdout, and errors that name the thing."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+from lab_support import FakeEngine, tiny  # noqa: F401
+from moefuse import cli
+from typer.testing import CliRunner
+
+COMMANDS = ("doctor", "synth", "bench", "fidelity", "report", "rerun", "generate")
+runner = CliRunner()
+
+
+@pytest.fixture
+def repo(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """A working folder with models/tiny and prompts, and a stand-in for the patch."""
+    shutil.copytree(tiny.parent, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_engine", FakeEngine)
+    return tmp_path
+
+
+def run(*words):
+    return runner.invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: moefuse {command}" in re.sub(r"\s+", " ", result.stdout)
+
+
+def test_exit_codes_are_documented():
+    assert "130 interrupted" in re.sub(r"\s+", " ", run("--help").stdout)
+
+
+BENCH = ("bench", "models/tiny", "--short", "32x2", "--long", "32x1", "--variants", "router")
+
+
+def test_bench_report_rerun(repo):
+    result = run(*BENCH, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["variant"] for row in rows] == ["stock", "router"]
+    path = repo / "benchmarks" / rows[1]["capsule"]
+    meta = json.loads(path.read_text())["meta"]
+    assert meta["quick"] is True  # shorter than the minimum cannot promote
+    assert meta["command"] == (
+        "moefuse bench models/tiny --variants router --short 32x2 --long 32x1"
+    )
+    assert run("report", "--check").exit_code == 0
+    page = run("report", "--html", "page.html")
+    assert page.exit_code == 0
+    assert "<svg" in (repo / "page.html").read_text()
+    (repo / "benchmarks" / "RANKING.md").write_text("stale")
+    assert run("report", "--check").exit_code == 1
+    again = run("rerun", path, "--json")
+    found = json.loads(again.stdout)
+    assert again.exit_code == (0 if found["inside"] else 1)
+    colours = run("rerun", path).output
+    assert "\x1b[" not in colours
+
+
+def test_bench_shows_a_table_without_colours(repo):
+    result = run(*BENCH)
+    assert result.exit_code == 0, result.output
+    assert "router" in result.stdout
+    assert "\x1b[" not in result.output
+
+
+def test_interrupted(repo, monkeypatch):
+    class Stops(FakeEngine):
+        def patch(self, *args, **more):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_engine", Stops)
+    result = run(*BENCH)
+    assert result.exit_code == 130
+    assert "--resume" in result.output
+    monkeypatch.setattr(cli, "_engine", FakeEngine)
+    rows = json.loads(run(*BENCH, "--resume", "--json").stdout)
+    assert [row["variant"] for row in rows] == ["stock", "router"]
+    assert len((repo / "benchmarks" / "matrix.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("bench", "nowhere"), "expected a model folder"),
+        (("bench", "models/tiny", "--variants", "magic"), "expected parts from"),
+        (("bench", "models/tiny", "--short", "long"), "expected TOKENSxRUNS"),
+        (("bench", "models/tiny", "--out", "models/prompts.json"), "expected a writable folder"),
+        (("bench", "models/tiny", "--prompts", "none.json"), "expected a list of name and text"),
+        (("fidelity", "models/tiny", "--plant", "magic"), "--plant: expected one of"),
+        (("generate", "models/tiny", "--prompt", ""), "expected text, got an empty string"),
+        (("rerun", "none.json"), "none.json: expected a file"),
+        (("report", "--out", "none"), "expected a folder with a ledger"),
+        (("synth", "--like", "gpt-2", "--out", "x"), "like: expected one of"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(repo, words, message):
+    before = sorted(p for p in repo.rglob("*"))
+    result = run(*words)
+    assert result.exit_code == 2
+    assert message in re.sub(r"\s+", " ", result.output)
+    assert "Traceback" not in result.output
+    left = {p.name for p in set(repo.rglob("*")) - set(before)}
+    assert left <= {"benchmarks", "repro_capsules", "capsule.schema.json"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_output_is_found_before_measuring(repo):
+    (repo / "locked").mkdir(mode=0o500)
+    result = run(*BENCH, "--out", "locked/out")
+    assert result.exit_code == 2
+    assert "expected a writable folder" in result.output
+
+
+def test_doctor(repo):
+    result = run("doctor", "models/tiny", "models/none", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    good, bad = found["models"]
+    assert good["fused"]["router"]["modules"] == 2
+    assert "expected a model folder" in bad["error"]
+    assert "2 modules" in run("doctor", "models/tiny").stdout
+
+
+def test_fidelity(repo):
+    result = run("fidelity", "models/tiny", "--variants", "router", "--tokens", "24", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["router"]["verdict"] == "identical"
+    planted = run("fidelity", "models/tiny", "--plant", "k-minus-1", "--tokens", "24", "--json")
+    assert planted.exit_code == 0
+    assert json.loads(planted.stdout)["k-minus-1"]["verdict"] == "fail"
+
+
+def test_generate_is_the_same_text_patched_and_unpatched(repo):
+    words = ("generate", "models/tiny", "--prompt", "A list", "--max-tokens", "12", "--variants")
+    plain, patched = (run(*words, spec) for spec in ("stock", "router"))
+    assert plain.exit_code == patched.exit_code == 0, plain.output
+    assert plain.stdout == patched.stdout
+    assert plain.stdout.strip()

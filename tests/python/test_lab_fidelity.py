@@ -1,0 +1,175 @@
+"""The gate: right verdicts on made-up logits, and real damage caught on a real model."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from lab_support import FakeEngine, tiny  # noqa: F401
+from mlx.utils import tree_flatten
+from moefuse.lab import LabError, bench, checkpoint, faults, fidelity, measure, prompts, variants
+from moefuse.lab.campaign import Plan, Side
+
+RNG = np.random.default_rng(7)
+TRUTH = RNG.normal(0, 2, (32, 50))
+STOCK = TRUTH + RNG.normal(0, 0.1, TRUTH.shape)
+CLOSE = TRUTH + RNG.normal(0, 0.01, TRUTH.shape)
+FAR = TRUTH + RNG.normal(0, 0.3, TRUTH.shape)
+
+
+def _judge(variant, at=16, margin=0.0):
+    """Tokens that part at `at`, where stock's best two logits lie `margin` apart."""
+    stock = STOCK.copy()
+    order = np.argsort(stock[at])
+    stock[at, order[-1]] = stock[at, order[-2]] + margin
+    tokens = tuple(range(32))
+    other = (*tokens[:at], 99, *tokens[at + 1 :])
+    return fidelity.judge(
+        {"p": tokens},
+        {"p": other},
+        {"p": fidelity.Window("p", 0, 32)},
+        {"p": stock},
+        {"p": variant},
+        {"p": TRUTH},
+    )
+
+
+def test_closer_needs_a_smaller_error_and_a_small_margin():
+    assert _judge(CLOSE).verdict == "closer"
+    assert _judge(CLOSE, margin=5.0).verdict == "fail"
+    assert _judge(FAR).verdict == "fail"
+    assert _judge(CLOSE).matched == 16
+
+
+def test_a_kernel_as_noisy_as_stock_is_rarely_shown_closer():
+    """Comparing two rms alone would pass half of these; the interval passes about 1 in 40."""
+    draws = RNG.chisquare(50, (200, 2, 64))
+    passed = sum(fidelity.not_worse(stock, variant) for stock, variant in draws)
+    assert passed <= 16  # P < 1e-4 at the 3 % that a bootstrap of 64 positions gives
+    assert all(fidelity.not_worse(stock, 0.5 * variant) for stock, variant in draws)
+    assert not fidelity.not_worse(draws[0, 0, :31], 0.5 * draws[0, 1, :31])  # too few to show it
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_fail(bad):
+    broken = CLOSE.copy()
+    broken[3, 4] = bad
+    found = _judge(broken)
+    assert found.verdict == "fail"
+    assert found.record()["oracle_error"]["variant"] is None
+
+
+def test_identical_tokens_are_identical():
+    tokens = {"p": tuple(range(8))}
+    found = fidelity.judge(tokens, tokens, {}, {}, {}, {})
+    assert (found.verdict, found.matched, found.total) == ("identical", 8, 8)
+    assert found.oracle_error is None
+
+
+def test_one_bad_prompt_decides():
+    tokens = {"a": (1, 2), "b": (1, 2)}
+    other = {"a": (1, 2), "b": (1, 3)}
+    at = {"b": fidelity.Window("b", 0, 2)}
+    found = fidelity.judge(tokens, other, at, {"b": STOCK[:2]}, {"b": FAR[:2]}, {"b": TRUTH[:2]})
+    assert found.verdict == "fail"
+    assert [p.verdict for p in found.per_prompt] == ["identical", "fail"]
+
+
+@pytest.mark.parametrize(
+    ("matched", "start"), [(200, 0), (0, 0), (10, 0), (100, 68), (199, 136), (150, 118)]
+)
+def test_window_holds_the_divergence(matched, start):
+    at = fidelity.window("p", matched, 200)
+    assert (at.start, at.count) == (start, 64)
+    assert matched == 200 or at.start <= matched < at.start + at.count
+
+
+@pytest.fixture(scope="module")
+def campaign(tiny):  # noqa: F811
+    return bench.open_campaign(
+        checkpoint.inspect(tiny),
+        Plan({"short": (40, 1)}, chunk=32),
+        FakeEngine(),
+        prompt_file=None,
+        root=tiny.parents[1],
+        out=tiny.parent,
+        command="moefuse fidelity",
+    )
+
+
+def test_forced_logits_repeat_what_decoding_saw(campaign):
+    prompt = campaign.prompts["dict"]
+    tokens = campaign.stock_tokens("dict", 24)
+    logits = fidelity.forced_logits(
+        campaign.model, prompt.ids, tokens, fidelity.Window("dict", 5, 19)
+    )
+    assert logits.argmax(-1).tolist() == list(tokens[5:])
+
+
+def test_decoding_from_a_kept_cache_gives_the_same_tokens_twice(campaign):
+    prompt = campaign.prompts["loop"]
+    cache, _ = measure.prefill(campaign.model, prompt.ids)
+    runs = [
+        measure.generate(campaign.model, prompt.ids, 20, cache=kept).tokens
+        for kept in (cache, None, cache)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("name", sorted(faults.FAULTS))
+def test_planted_faults_are_caught_and_taken_out(campaign, name):
+    before = {k: np.array(v) for k, v in _parameters(campaign.model).items()}
+    assert campaign.check_fault(name).verdict == "fail"
+    after = _parameters(campaign.model)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[k], np.array(v)) for k, v in after.items())
+    again = campaign._generate(campaign.prompts["list"], 40, variants.STOCK, Side(), None)
+    assert again.tokens == campaign.stock_tokens("list", 40)
+
+
+def _parameters(model):
+    flat = dict(tree_flatten(model.parameters()))
+    return {k: v.astype(mx.float32) if v.dtype == mx.bfloat16 else v for k, v in flat.items()}
+
+
+def test_unknown_fault(campaign):
+    with pytest.raises(LabError, match="expected one of"), faults.planted(campaign.model, "x", ()):
+        pass
+
+
+def test_damage_under_a_patch_is_caught(campaign):
+    """The fault passes through the variant's own code: here a stand-in that shifts its output."""
+    campaign.engine = FakeEngine(bias=0.05)
+    found, void = campaign.check_tokens(variants.parse("experts"), 40)
+    campaign.engine = FakeEngine()
+    assert found.verdict == "fail"
+    assert void is None
+
+
+class Float32Engine(FakeEngine):
+    """A patch that computes everything in float32: other tokens, but nearer to the oracle."""
+
+    def patch(self, model, variants=None, **more):
+        self.kept = tree_flatten(model.parameters())
+        model.set_dtype(mx.float32)
+        return super().patch(model, variants, **more)
+
+    def unpatch(self, model):
+        super().unpatch(model)
+        model.load_weights(self.kept)
+
+
+def test_float32_arithmetic_is_closer(campaign):
+    campaign.engine = Float32Engine()
+    found, _ = campaign.check_tokens(variants.parse("experts:fp32"), 40)
+    campaign.engine = FakeEngine()
+    assert found.oracle_error["variant"] < 0.01 * found.oracle_error["stock"]
+    assert found.verdict == "closer"
+
+
+def test_prompts_without_a_file(tmp_path):
+    with pytest.raises(LabError, match="prompts.json: expected"):
+        prompts.find_file(tmp_path / "m", tmp_path)
+
+
+def test_campaign_needs_its_control_first(campaign):
+    with pytest.raises(LabError, match="A/A control first"):
+        campaign.measure_variant(variants.parse("router"))
