@@ -202,8 +202,8 @@ def test_schedule_is_a_b_b_a_over_the_short_prompts():
         ("short", "s0", 200, "AB"),
         ("short", "s1", 200, "BA"),
         ("short", "s2", 200, "AB"),
-        ("long", "l", 1024, "AB"),
-        ("long", "l", 1024, "BA"),
+        ("long", "s0", 1024, "AB"),
+        ("long", "s1", 1024, "BA"),
     ]
 
 

@@ -121,7 +121,7 @@ def test_planted_faults_are_caught_and_taken_out(campaign, name):
     after = _parameters(campaign.model)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[k], np.array(v)) for k, v in after.items())
-    again = campaign._generate(campaign.prompts["list"], 40, variants.STOCK, Side(), None)
+    again = campaign._generate(campaign.prompts["list"], 40, variants.STOCK, Side())
     assert again.tokens == campaign.stock_tokens("list", 40)
 
 

@@ -45,7 +45,7 @@ class Plan:
 
 FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
 QUICK_PLAN = Plan(
-    {"short": (48, 2), "long": (96, 1)}, quick=True, prompt_limit=32, extra_tokens=0, chunk=32
+    {"short": (48, 2), "long": (64, 1)}, quick=True, prompt_limit=32, extra_tokens=0, chunk=32
 )
 
 
@@ -74,6 +74,15 @@ class Side:
     modules_patched: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
 
+    def count(self, report, before: dict[str, int]) -> None:
+        """Add what a patch report has counted since `before`."""
+        for name, calls in report.calls.items():
+            self.calls[name] = self.calls.get(name, 0) + calls - before.get(name, 0)
+        for reason, times in report.fallbacks.items():
+            self.fallbacks[reason] = self.fallbacks.get(reason, 0) + times
+        self.patterns = list(report.patterns)
+        self.modules_patched = report.modules_patched
+
     def rates(self) -> dict:
         """This side's half of a capsule."""
         prefill = [run.prefill_tok_s for run in self.runs]
@@ -91,10 +100,8 @@ class Side:
 def make_schedule(found: Sequence[prompts.Prompt], plan: Plan) -> list[Slot]:
     """A B, B A, A B ...: over two runs of a length the order is A B B A, so drift cancels."""
     slots = []
+    pool = prompts.pick(found, long=False)
     for length, (tokens, runs) in plan.lengths.items():
-        pool = prompts.pick(found, long=length == "long")
-        if length == "long":
-            pool = pool[:1]  # one prefill of a long context serves every run
         for i in range(runs):
             order = "AB" if i % 2 == 0 else "BA"
             slots.append(Slot(length, pool[i % len(pool)].name, tokens, order))
@@ -159,40 +166,39 @@ class Campaign:
         if len(tokens) > len(known):
             self.reference[name] = tokens
 
-    def _cache(self, prompt: prompts.Prompt, caches: dict[str, list]) -> list:
-        if prompt.name not in caches:
-            caches[prompt.name], _ = measure.prefill(self.model, prompt.ids)
-            self.tick(len(prompt.ids))
-        return caches[prompt.name]
+    def _snapshot(self, prompt: prompts.Prompt) -> list | None:
+        """Stock's cache of a long context, computed once; short prompts have none.
 
-    def _generate(self, prompt, tokens: int, variant: Variant, side: Side, cache) -> measure.Run:
-        """One run of one side. `cache`: a callable that gives the prompt's cache, or None."""
+        Decoding is what is judged there: a variant's own prefill runs on the short prompts,
+        which take the same path.
+        """
+        if not prompt.is_long:
+            return None
+        if prompt.name not in self.snapshots:
+            self.snapshots[prompt.name], _ = measure.prefill(self.model, prompt.ids)
+            self.tick(len(prompt.ids))
+        return self.snapshots[prompt.name]
+
+    def _generate(self, prompt, tokens: int, variant: Variant, side: Side, cache=None):
+        """One run of one side, with its counters; `cache` stands for the prompt's prefill."""
         with applied(self.model, variant, self.engine) as report:
             measure.warm_up(self.model, prompt.ids)
-            ready = cache() if cache else None
             before = dict(report.calls) if report else {}
             run = measure.generate(
-                self.model, prompt.ids, tokens, cache=ready, on_token=lambda: self.tick(1)
+                self.model, prompt.ids, tokens, cache=cache, on_token=lambda: self.tick(1)
             )
             if report:
-                for name, count in report.calls.items():
-                    side.calls[name] = side.calls.get(name, 0) + count - before.get(name, 0)
-                for reason, count in report.fallbacks.items():
-                    side.fallbacks[reason] = side.fallbacks.get(reason, 0) + count
-                side.patterns = list(report.patterns)
-                side.modules_patched = report.modules_patched
+                side.count(report, before)
         side.decoded += len(run.tokens)
-        if ready is None:
+        if cache is None:
             self.tick(len(prompt.ids))
         return run
 
-    def _run_slot(self, slot: Slot, variant: Variant, sides: dict[str, Side], own: dict) -> None:
+    def _run_slot(self, slot: Slot, variant: Variant, sides: dict[str, Side]) -> None:
         prompt = self.prompts[slot.prompt]
-        reuse = slot.length == "long" and prompt.is_long
         for letter in slot.order:
-            which, caches = (STOCK, self.snapshots) if letter == "A" else (variant, own)
-            cache = partial(self._cache, prompt, caches) if reuse else None
-            run = self._generate(prompt, slot.tokens, which, sides[letter], cache)
+            which = STOCK if letter == "A" else variant
+            run = self._generate(prompt, slot.tokens, which, sides[letter])
             sides[letter].runs.append(run)
             if which == STOCK:
                 self._note_stock(slot.prompt, run.tokens)
@@ -210,10 +216,10 @@ class Campaign:
 
     def run_pairs(self, variant: Variant) -> tuple[dict[str, Side], list[Slot], str | None]:
         """The timed pairs; stops after the first one if the variant did not really run."""
-        sides, done, own = {"A": Side(), "B": Side()}, [], {}
+        sides, done = {"A": Side(), "B": Side()}, []
         void = None
         for slot in self.schedule:
-            self._run_slot(slot, variant, sides, own)
+            self._run_slot(slot, variant, sides)
             done.append(slot)
             void = self._void(variant, sides["B"])
             if void:
@@ -230,8 +236,8 @@ class Campaign:
         """Stock's first `count` tokens after a prompt, generated once."""
         if len(self.reference.get(name, ())) < count:
             prompt = self.prompts[name]
-            cache = partial(self._cache, prompt, self.snapshots) if prompt.is_long else None
-            self._note_stock(name, self._generate(prompt, count, STOCK, Side(), cache).tokens)
+            run = self._generate(prompt, count, STOCK, Side(), self._snapshot(prompt))
+            self._note_stock(name, run.tokens)
         return self.reference[name][:count]
 
     def judge(self, context: Callable, tokens: dict[str, tuple[int, ...]], always: int = 2):
@@ -249,10 +255,7 @@ class Campaign:
     def check_variant(self, variant: Variant, side: Side) -> fidelity.Fidelity:
         """Verdict over the timed prompts and the extra ones."""
         for prompt in self.extra_prompts():
-            cache = None
-            if prompt.is_long:  # the variant's own long prefill is timed elsewhere
-                self.stock_tokens(prompt.name, self.plan.extra_tokens)
-                cache = partial(self._cache, prompt, self.snapshots)
+            cache = self._snapshot(prompt)  # by stock: the patch is not on yet
             run = self._generate(prompt, self.plan.extra_tokens, variant, side, cache)
             side.tokens[prompt.name] = [run.tokens]
         context = partial(applied, self.model, variant, self.engine)
@@ -262,7 +265,7 @@ class Campaign:
         """Untimed verdict over every prompt, and why it is void if the variant did not run."""
         side = Side()
         for prompt in self.prompts.values():
-            run = self._generate(prompt, count, variant, side, None)
+            run = self._generate(prompt, count, variant, side)
             side.tokens[prompt.name] = [run.tokens]
         context = partial(applied, self.model, variant, self.engine)
         return self.judge(context, self._worst(side)), self._void(variant, side)
@@ -275,7 +278,7 @@ class Campaign:
         tokens: dict[str, tuple[int, ...]] = {}
         for prompt in short:
             with context():
-                run = self._generate(prompt, count, STOCK, Side(), None)
+                run = self._generate(prompt, count, STOCK, Side())
             tokens[prompt.name] = run.tokens
             if run.tokens == self.stock_tokens(prompt.name, count):
                 continue

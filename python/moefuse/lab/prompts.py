@@ -78,5 +78,5 @@ def recorded(tokenizer, path: Path, records: Sequence[dict]) -> list[Prompt]:
 
 
 def pick(prompts: Sequence[Prompt], long: bool) -> list[Prompt]:
-    """The prompts for one length; when a file has none of that kind, all of them."""
+    """The prompts with a long or a short context; all of them if there are none of that kind."""
     return [p for p in prompts if p.is_long == long] or list(prompts)

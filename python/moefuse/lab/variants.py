@@ -17,13 +17,12 @@ FULL = (
     "combine",
     "experts",
     "concat_gate_up",
-    "router+combine",
+    "router+combine+concat_gate_up",
     "router+experts",
-    "router+concat_gate_up+combine",
     "experts:fp32_no_fma",
     "router+experts:fp32_no_fma",
 )
-QUICK = ("router", "combine", "experts", "concat_gate_up", "router+experts")
+QUICK = ("router", "combine", "experts", "router+experts")
 
 
 @dataclass(frozen=True)
