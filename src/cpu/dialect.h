@@ -185,9 +185,17 @@ inline Vector load(const void* p) {
 
 // The sum of the lanes, always as a tree of halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 [[maybe_unused]] inline float sum_lanes(f32x16 v) {
-  for (int width = 8; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) v[l] += v[l + width];
-  return v[0];
+  typedef float f32x8 __attribute__((vector_size(32)));
+  typedef float f32x4 __attribute__((vector_size(16)));
+  f32x8 low8, high8;
+  memcpy(&low8, &v, 32);
+  memcpy(&high8, (const char*)&v + 32, 32);
+  low8 += high8;
+  f32x4 low4, high4;
+  memcpy(&low4, &low8, 16);
+  memcpy(&high4, (const char*)&low8 + 16, 16);
+  low4 += high4;
+  return (low4[0] + low4[2]) + (low4[1] + low4[3]);
 }
 
 }  // namespace

@@ -209,8 +209,8 @@ inline void qmv_row(const QuantizedMatrix& w, int row, const Layout& at, const c
   const int full = row_bytes / kChunk;
   const char* weight = (const char*)w.weight + int64_t(row) * row_bytes;
   const int64_t first = int64_t(row) * at.groups;
-  i32x16 lane_group;
-  for (int l = 0; l < kLanes; ++l) lane_group[l] = l;
+  i32x16 lane_group;  // the group of each lane in the first chunk of sixteen groups
+  for (int l = 0; l < kLanes; ++l) lane_group[l] = l / kLanesPerGroup;
   f32x16 sum[kVectors] = {}, bias_sum[kVectors] = {};
   for (int g = 0, chunk = 0; g < at.groups; g += kLanes) {
     const int n = at.groups - g < kLanes ? at.groups - g : kLanes;
@@ -224,7 +224,7 @@ inline void qmv_row(const QuantizedMatrix& w, int row, const Layout& at, const c
     }
     auto step = [&](int j, u8x64 bytes) {
       const Chunk weights(bytes);
-      const i32x16 index = (lane_group + j * kLanes) / kLanesPerGroup;
+      const i32x16 index = lane_group + j * kLanes / kLanesPerGroup;
       for (int v = 0; v < kVectors; ++v) {
         const char* planes = x + v * x_stride + chunk * at.plane_bytes;
         sum[v] += weights.dot(planes) * permute(scale[v], index);
