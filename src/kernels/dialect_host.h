@@ -14,7 +14,7 @@ using float16_t = mlx::core::float16_t;
 
 #define FUNC inline
 #define UNROLL
-#define SHARED_ARRAY(type, name, size)                                                        \
+#define SHARED_ARRAY(type, name, size) \
   const emulator::Shared<type> name(emulator::shared_block(#name, size, sizeof(type), {}))
 #define group_x (emulator::group_position().x)
 #define group_y (emulator::group_position().y)
@@ -23,10 +23,16 @@ using float16_t = mlx::core::float16_t;
 #define simd_id (emulator::simdgroup())
 #define thread_id (emulator::thread_in_group())
 
-inline void group_barrier(emulator::Where where = {}) { emulator::barrier(where); }
+inline void group_barrier(emulator::Where where = {}) {
+  emulator::barrier(where);
+}
 
-inline uint as_uint(float v) { return std::bit_cast<uint>(v); }
-inline float as_float(uint v) { return std::bit_cast<float>(v); }
+inline uint as_uint(float v) {
+  return std::bit_cast<uint>(v);
+}
+inline float as_float(uint v) {
+  return std::bit_cast<float>(v);
+}
 
 inline uint shuffle(uint v, uint lane, emulator::Where where = {}) {
   return emulator::shuffle(v, lane, where);
@@ -42,12 +48,24 @@ inline float shuffle_xor(float v, uint mask, emulator::Where where = {}) {
 }
 
 // Compiled without contraction: these are the roundings that they name.
-inline float mul_rn(float a, float b) { return a * b; }
-inline float add_rn(float a, float b) { return a + b; }
-inline float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline float div_rn(float a, float b) { return a / b; }
-inline float sqrt_rn(float a) { return __builtin_sqrtf(a); }
-inline float round_even(float a) { return __builtin_rintf(a); }
+inline float mul_rn(float a, float b) {
+  return a * b;
+}
+inline float add_rn(float a, float b) {
+  return a + b;
+}
+inline float fma_rn(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+inline float div_rn(float a, float b) {
+  return a / b;
+}
+inline float sqrt_rn(float a) {
+  return __builtin_sqrtf(a);
+}
+inline float round_even(float a) {
+  return __builtin_rintf(a);
+}
 
 template <int N>
 struct Words {

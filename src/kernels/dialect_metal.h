@@ -1,35 +1,55 @@
-// Kernel dialect for Metal. MLX puts its own preamble before this text: metal_stdlib, bfloat16_t
-// and float16_t. Emulated, never run on Apple hardware.
+// Kernel dialect for Metal. MLX puts its own preamble before this text (metal_stdlib, bfloat16_t
+// and float16_t), and prologue_metal.h opens each body. Emulated, never run on Apple hardware.
 #pragma METAL fp contract(off)
 
 #define FUNC inline
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SHARED_ARRAY(type, name, size) threadgroup type name[size]
-#define group_x threadgroup_position_in_grid.x
-#define group_y threadgroup_position_in_grid.y
-#define group_z threadgroup_position_in_grid.z
-#define lane_id thread_index_in_simdgroup
-#define simd_id simdgroup_index_in_threadgroup
-#define thread_id thread_index_in_threadgroup
 
-FUNC void group_barrier() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+FUNC void group_barrier() {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
 
-FUNC uint as_uint(float v) { return as_type<uint>(v); }
-FUNC float as_float(uint v) { return as_type<float>(v); }
+FUNC uint as_uint(float v) {
+  return as_type<uint>(v);
+}
+FUNC float as_float(uint v) {
+  return as_type<float>(v);
+}
 
-FUNC uint shuffle(uint v, uint lane) { return simd_shuffle(v, ushort(lane)); }
-FUNC float shuffle(float v, uint lane) { return simd_shuffle(v, ushort(lane)); }
-FUNC uint shuffle_xor(uint v, uint mask) { return simd_shuffle_xor(v, ushort(mask)); }
-FUNC float shuffle_xor(float v, uint mask) { return simd_shuffle_xor(v, ushort(mask)); }
+FUNC uint shuffle(uint v, uint lane) {
+  return simd_shuffle(v, ushort(lane));
+}
+FUNC float shuffle(float v, uint lane) {
+  return simd_shuffle(v, ushort(lane));
+}
+FUNC uint shuffle_xor(uint v, uint mask) {
+  return simd_shuffle_xor(v, ushort(mask));
+}
+FUNC float shuffle_xor(float v, uint mask) {
+  return simd_shuffle_xor(v, ushort(mask));
+}
 
 // fma rounds once by definition, so a compiler that ignores the pragma above (before Metal 3.2) has
 // no separate multiply to contract: a * b - 0 and a * 1 + b keep the sign of zero.
-FUNC float mul_rn(float a, float b) { return fma(a, b, -0.0f); }
-FUNC float add_rn(float a, float b) { return fma(a, 1.0f, b); }
-FUNC float fma_rn(float a, float b, float c) { return fma(a, b, c); }
-FUNC float div_rn(float a, float b) { return precise::divide(a, b); }
-FUNC float sqrt_rn(float a) { return precise::sqrt(a); }
-FUNC float round_even(float a) { return rint(a); }
+FUNC float mul_rn(float a, float b) {
+  return fma(a, b, -0.0f);
+}
+FUNC float add_rn(float a, float b) {
+  return fma(a, 1.0f, b);
+}
+FUNC float fma_rn(float a, float b, float c) {
+  return fma(a, b, c);
+}
+FUNC float div_rn(float a, float b) {
+  return precise::divide(a, b);
+}
+FUNC float sqrt_rn(float a) {
+  return precise::sqrt(a);
+}
+FUNC float round_even(float a) {
+  return rint(a);
+}
 
 template <int N>
 struct Words {

@@ -1,0 +1,213 @@
+// Runs a kernel text on this machine as a Metal device would: threadgroups one after another, the
+// threads of a group as fibres, simdgroups of 32 that meet at every simd operation, barriers that
+// all threads of a group must reach, and 32 KB of threadgroup memory that starts out as NaN.
+//
+// What a GPU leaves undefined is an error here, with the line of the kernel text: a read or write
+// outside a buffer, a divergent barrier or simd operation, a read of threadgroup memory that nobody
+// wrote, two threads that touch one element between two barriers (one of them writing), two threads
+// of a dispatch that write one element of a buffer, a misaligned vector load.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace emulator {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Uint3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+enum class Order { forward, reverse, shuffled };
+
+// Where in the kernel text something happened; the default arguments take the caller's line.
+struct Where {
+  const char* file;
+  int line;
+  Where(const char* f = __builtin_FILE(), int l = __builtin_LINE()) : file(f), line(l) {}
+  bool operator==(const Where& o) const { return line == o.line && !std::strcmp(file, o.file); }
+};
+
+// An index together with the line that used it.
+struct At {
+  int64_t index;
+  Where where;
+  template <typename I, typename = std::enable_if_t<std::is_integral_v<I>>>
+  At(I i, const char* f = __builtin_FILE(), int l = __builtin_LINE())
+      : index(static_cast<int64_t>(i)), where(f, l) {}
+};
+
+[[noreturn]] void fail(const Where& where, const std::string& what);
+
+// Runs `kernel` for every thread of `groups` threadgroups of `threads` threads (one dimension).
+void dispatch(Uint3 groups, uint32_t threads, Order order, const std::function<void()>& kernel);
+
+// Called from kernel texts through the host dialect.
+uint32_t lane();
+uint32_t simdgroup();
+uint32_t thread_in_group();
+Uint3 group_position();
+// The running dispatch and, in the low 32 bits, the thread in it from 1 on; 0 outside a kernel.
+uint64_t thread_in_dispatch();
+void barrier(Where where);
+uint32_t shuffle(uint32_t value, uint32_t source_lane, Where where);
+
+// One array of threadgroup memory, shared by the threads of the running group.
+class SharedBlock {
+ public:
+  SharedBlock(size_t count, size_t size);
+  void on_read(const At& at) const;
+  void on_write(const At& at);
+  std::byte* data() { return bytes_.data(); }
+  size_t count() const { return shadow_.size(); }
+
+ private:
+  struct Shadow {
+    int32_t writer = -1, reader = -1;  // thread in group; reader -2: several
+    uint32_t write_epoch = 0, read_epoch = 0;
+  };
+  void check(const At& at) const;
+  std::vector<std::byte> bytes_;
+  mutable std::vector<Shadow> shadow_;
+};
+
+SharedBlock& shared_block(const char* name, size_t count, size_t size, Where where);
+
+template <typename T>
+class Shared {
+ public:
+  class Element {
+   public:
+    Element(SharedBlock* block, At at) : block_(block), at_(at) {}
+    explicit operator float() const requires(!std::is_same_v<T, float>) {
+      return static_cast<float>(static_cast<T>(*this));
+    }
+    operator T() const {
+      block_->on_read(at_);
+      return reinterpret_cast<T*>(block_->data())[at_.index];
+    }
+    void operator=(T value) const {
+      block_->on_write(at_);
+      reinterpret_cast<T*>(block_->data())[at_.index] = value;
+    }
+    void operator=(const Element& other) const { *this = static_cast<T>(other); }
+
+   private:
+    SharedBlock* block_;
+    At at_;
+  };
+
+  explicit Shared(SharedBlock& block) : block_(&block) {}
+  Element operator[](At at) const {
+    at.index += offset_;
+    return {block_, at};
+  }
+  Shared operator+(int64_t n) const {
+    Shared moved = *this;
+    moved.offset_ += n;
+    return moved;
+  }
+
+ private:
+  SharedBlock* block_;
+  int64_t offset_ = 0;
+};
+
+// A device buffer. Filled with bytes 0xff (NaN in every float format) when it is an output.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(std::vector<T> values) : values_(std::move(values)), writer_(values_.size()) {}
+  static Buffer output(size_t count) {
+    std::vector<T> values(count);
+    std::memset(static_cast<void*>(values.data()), 0xff, count * sizeof(T));
+    return Buffer(std::move(values));
+  }
+
+  const std::vector<T>& values() const { return values_; }
+  size_t unwritten() const {
+    size_t n = 0;
+    for (uint64_t w : writer_) n += w == 0;
+    return n;
+  }
+
+  T read(const At& at) const {
+    check(at);
+    if (another_wrote(at.index)) {
+      fail(at.where, "reads element " + std::to_string(at.index) +
+                         " that another thread writes in the same dispatch");
+    }
+    return values_[at.index];
+  }
+  void write(const At& at, T value) {
+    check(at);
+    if (another_wrote(at.index)) {
+      fail(at.where,
+           "writes element " + std::to_string(at.index) + " that another thread also writes");
+    }
+    writer_[at.index] = thread_in_dispatch();
+    values_[at.index] = value;
+  }
+
+ private:
+  void check(const At& at) const {
+    if (at.index < 0 || at.index >= static_cast<int64_t>(values_.size())) {
+      fail(at.where, "index " + std::to_string(at.index) + " outside a buffer of " +
+                         std::to_string(values_.size()));
+    }
+  }
+  bool another_wrote(int64_t i) const {
+    const uint64_t writer = writer_[i], self = thread_in_dispatch();
+    return writer != self && writer >> 32 == self >> 32 && writer != 0;
+  }
+  std::vector<T> values_;
+  std::vector<uint64_t> writer_;  // the last thread_in_dispatch() to write an element
+};
+
+// What a kernel text sees of a buffer: a pointer that knows its bounds. Const ones only read.
+template <typename T>
+class Pointer {
+ public:
+  using Value = std::remove_const_t<T>;
+  class Element {
+   public:
+    Element(Buffer<Value>* buffer, At at) : buffer_(buffer), at_(at) {}
+    operator Value() const { return buffer_->read(at_); }
+    void operator=(Value value) const { buffer_->write(at_, value); }
+
+   private:
+    Buffer<Value>* buffer_;
+    At at_;
+  };
+
+  Pointer(Buffer<Value>& buffer, int64_t offset = 0) : buffer_(&buffer), offset_(offset) {}
+
+  auto operator[](At at) const {
+    at.index += offset_;
+    if constexpr (std::is_const_v<T>) {
+      return buffer_->read(at);
+    } else {
+      return Element(buffer_, at);
+    }
+  }
+  Pointer operator+(int64_t n) const { return {*buffer_, offset_ + n}; }
+  Pointer<Value> writable() const { return {*buffer_, offset_}; }
+  int64_t offset() const { return offset_; }
+  size_t size() const { return buffer_->values().size(); }
+
+ private:
+  Buffer<Value>* buffer_;
+  int64_t offset_;
+};
+
+}  // namespace emulator
