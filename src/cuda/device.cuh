@@ -111,6 +111,8 @@ MOEFUSE_DEVICE void store_shared_key(uint64_t* p, uint64_t v) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 MOEFUSE_DEVICE long long cycles() { return clock64(); }
+// The compiler may no longer assume it knows v: addresses made from it are not kept over stages.
+MOEFUSE_DEVICE void forget(int& v) { asm volatile("" : "+r"(v)); }
 
 // ---- waits end: a wait this long is a fault, never a hang. The code names the stage.
 constexpr unsigned kSpinLimit = 1u << 24;

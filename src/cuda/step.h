@@ -10,6 +10,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define MOEFUSE_BOTH __host__ __device__
+#else
+#define MOEFUSE_BOTH
+#endif
+
 namespace moefuse::cuda {
 
 constexpr uint32_t kEmpty = 0xffffffffu;  // as two bf16 or one float: a NaN no instruction returns
@@ -42,10 +48,10 @@ struct Layer {
 };
 
 struct State {
-  int clock;     // layers run since the buffers were cleared; the ring position
+  int clock;     // layers run since the rings were emptied; their position
+  int sampled;   // tokens run since then; `hidden` moves on once a layer and once a token
   int position;  // tokens in the cache
   int token;     // the next token to run
-  int keys;      // tokens sampled; the ring position of the sampler
 };
 
 // Exchange rings, [kRing] slots each; words hold two bf16 or one float.
@@ -58,7 +64,7 @@ struct Exchange {
   uint32_t* context;  // [ring][replica][q_heads * head_dim / 2]
   uint32_t* scores;   // [ring][replica][experts]          router logits
   uint32_t* act;      // [ring][replica][top_k * width / 2]
-  uint64_t* keys;     // [ring][blocks]                    best (logit, token) of a block; 0 is empty
+  uint64_t* keys;     // [ring][blocks]  best (logit, token) of a block; 0 is empty
 };
 
 // Byte offsets in shared memory.
@@ -92,19 +98,15 @@ constexpr const char* kStageNames[kStages] = {
 struct Range {
   int begin, end;
 };
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-constexpr Range
-share(int total, int block, int blocks) {
+MOEFUSE_BOTH constexpr Range share(int total, int block, int blocks) {
   return {static_cast<int>(static_cast<long long>(total) * block / blocks),
           static_cast<int>(static_cast<long long>(total) * (block + 1) / blocks)};
 }
 
 // bytes of one tile: 8 rows of K nibbles, then their scales and biases
-constexpr uint32_t weight_bytes(int K) { return kTileRows * K / 2; }
-constexpr uint32_t scale_bytes(int K) { return kTileRows * K / kGroupSize * 2; }
-constexpr uint32_t tile_bytes(int K) { return weight_bytes(K) + 2 * scale_bytes(K); }
+MOEFUSE_BOTH constexpr uint32_t weight_bytes(int K) { return kTileRows * K / 2; }
+MOEFUSE_BOTH constexpr uint32_t scale_bytes(int K) { return kTileRows * K / kGroupSize * 2; }
+MOEFUSE_BOTH constexpr uint32_t tile_bytes(int K) { return weight_bytes(K) + 2 * scale_bytes(K); }
 
 // Shapes are compile-time: the units of every stage then unroll. One line per model geometry.
 template <int kHidden_, int kQHeads_, int kKvHeads_, int kExperts_, int kTopK_, int kWidth_,
@@ -124,7 +126,5 @@ using Qwen3_30B_A3B = Geometry<2048, 32, 4, 128, 8, 768, 151936>;
 // small enough for the host emulator; every stage keeps its shape
 using TinyMoe = Geometry<512, 8, 1, 32, 8, 256, 1024>;
 
-template <class G>
-Layout make_layout(int blocks);
 
 }  // namespace moefuse::cuda

@@ -1,0 +1,180 @@
+// The MoE half of a layer: router, selection, gate and up with SwiGLU, down with the combine and the
+// residual. The router selects on fp32 logits and normalises over the selected.
+#pragma once
+#include "exchange.cuh"
+
+namespace moefuse::cuda {
+
+// 8 columns of an 8-bit row of the router with this lane's x; rows lie behind the o tiles
+template <int K>
+MOEFUSE_DEVICE float router_row(const uint8_t* rows, int count, int row, int column,
+                                const float (&x)[8]) {
+  const uint2 q = *reinterpret_cast<const uint2*>(rows + row * K + column);
+  const uint8_t* s = rows + count * K + (row * (K / kGroupSize) + column / kGroupSize) * 2;
+  const float scale = bf16_low(*reinterpret_cast<const uint16_t*>(s));
+  const float bias =
+      bf16_low(*reinterpret_cast<const uint16_t*>(s + count * (K / kGroupSize) * 2));
+  float dot = 0.f, sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    dot += x[i] * static_cast<float>(((i < 4 ? q.x : q.y) >> (8 * (i & 3))) & 255u);
+    sum += x[i];
+  }
+  return scale * dot + bias * sum;
+}
+
+// middle -> router logits, fp32. Leaves the vector's fragment for gate and up.
+template <class G>
+MOEFUSE_DEVICE void router_stage(Warp& c, uint4 gain, Fragment& f) {
+  constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices;
+  const int slice = c.warp % kSlices, rows = c.s.router.end - c.s.router.begin;
+  float v[8];
+  poll_slice(c, read_slot(c, c.p.x.middle, c.clock, G::kHidden / 2), slice, kRouter, v);
+  const float ssq = apply_gain(v, gain);
+  if (c.warp < kSlices && c.lane == 0) c.s.ssq[1][slice] = ssq;
+  const uint8_t* weights = c.shared + c.p.layout.dense +
+                           (c.s.output.end - c.s.output.begin) * tile_bytes(G::kContext);
+  for (int r = c.warp / kSlices; r < rows; r += kStep) {
+    const float y =
+        warp_sum(router_row<G::kHidden>(weights, rows, r, slice * kSlice + 8 * c.lane, v));
+    if (c.lane == 0) c.red()[slice * rows + r] = y;
+  }
+  block_sync(kThreads);
+  if (c.thread < rows) {
+    const float y = sum_slices<kSlices>(c.red() + c.thread, rows) *
+                    norm_factor<kSlices>(c.s.ssq[1], G::kHidden, c.p.eps);
+    publish(c.p.x.scores, c.clock, G::kExperts, kReplicas, c.s.router.begin + c.thread, as_bits(y));
+  }
+  make_fragment(f, c.slice(), v, c.lane);
+  stage_done(c, kRouter);
+}
+
+// Each warp ranks its share of the experts: how many are larger, or equal with a lower index.
+template <class G>
+MOEFUSE_DEVICE void select_stage(Warp& c) {
+  constexpr int kPerLane = G::kExperts / 32, kShare = G::kExperts / kWarps;
+  const uint32_t* from = read_slot(c, c.p.x.scores, c.clock, G::kExperts) + kPerLane * c.lane;
+  uint32_t bits[kPerLane], key[kPerLane];
+  poll(c, from, 1, kSelect, bits);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) key[i] = sortable(as_float(bits[i]));
+#pragma unroll
+  for (int j = 0; j < kShare; ++j) {
+    const int expert = c.warp * kShare + j, owner = expert / kPerLane;
+    uint32_t mine = 0, logit = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (expert % kPerLane == i) mine = key[i], logit = bits[i];
+    }
+    mine = shuffle(mine, owner), logit = shuffle(logit, owner);
+    uint32_t above = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      above += key[i] > mine || (key[i] == mine && kPerLane * c.lane + i < expert);
+    }
+    const uint32_t rank = warp_add(above);
+    if (rank < G::kTopK && c.lane == 0) {
+      c.s.expert[rank] = expert;
+      c.s.score[rank] = as_float(logit);
+    }
+  }
+  release_to_copies();  // attention's scratch and the new KV row become copy targets
+  arrive(c, &c.s.selected);
+  stage_done(c, kSelect);
+}
+
+// half of the warps take gate, half up, a tile pair at a time as it lands
+template <class G>
+MOEFUSE_DEVICE void gate_up_stage(Warp& c, const Fragment& f) {
+  constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices / 2;
+  constexpr uint32_t kTile = tile_bytes(G::kHidden);
+  const int slice = c.warp % kSlices, group = c.warp / kSlices, up = group & 1;
+  const int items = c.s.items.end - c.s.items.begin, rows = items * kTileRows;
+  float* red = c.red() + up * kSlices * rows;
+  for (int i = group >> 1; i < items; i += kStep) {
+    wait(c, &c.s.full_item[i], c.layers, kGateUp);
+    const Run run{c.shared + c.p.layout.items + (2 * i + up) * kTile, 1};
+    const float y =
+        quad_sum(unit_product(load_unit<G::kHidden>(run, 0, slice, c.lane), f, c.lane));
+    if ((c.lane & 3) == 0) red[slice * rows + i * kTileRows + (c.lane >> 2)] = y;
+  }
+  arrive(c, &c.s.empty_items);
+  block_sync(kThreads);
+  const int r = 2 * c.thread;
+  if (r < rows) {
+    const float n = norm_factor<kSlices>(c.s.ssq[1], G::kHidden, c.p.eps);
+    float y[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float gate = sum_slices<kSlices>(c.red() + r + i, rows) * n;
+      const float up_value = sum_slices<kSlices>(c.red() + kSlices * rows + r + i, rows) * n;
+      y[i] = gate / (1.f + fast_exp(-gate)) * up_value;
+    }
+    publish(c.p.x.act, c.clock, G::kTopK * G::kWidth / 2, kReplicas,
+            c.s.items.begin * (kTileRows / 2) + r / 2, pack_bf16(y[0], y[1]));
+  }
+  stage_done(c, kGateUp);
+}
+
+// sum over the ranks of weight * row, in rank order; red: [top_k][rows]
+template <class G>
+MOEFUSE_DEVICE float weighted_sum(const Warp& c, const float* red, int rows) {
+  float total = 0.f, y = 0.f;
+#pragma unroll
+  for (int k = 0; k < G::kTopK; ++k) {
+    const float weight = fast_exp(c.s.score[k] - c.s.score[0]);
+    total += weight;
+    y += weight * red[k * rows];
+  }
+  return y / total;
+}
+
+// act -> the next layer's hidden = middle + sum of weight * down(act); a warp serves one expert
+template <class G>
+MOEFUSE_DEVICE void down_stage(Warp& c) {
+  constexpr int kSlices = G::kWidth / kSlice, kStep = kWarps / G::kTopK, kBatch = 2;
+  const int rank = c.warp % G::kTopK, tiles = c.s.output.end - c.s.output.begin;
+  const int rows = tiles * kTileRows, r = 2 * c.thread, at = (c.s.output.begin * kTileRows + r) / 2;
+  const uint32_t* act =
+      read_slot(c, c.p.x.act, c.clock, G::kTopK * G::kWidth / 2) + rank * (G::kWidth / 2);
+  const Run run{c.shared + c.p.layout.down + rank * tiles * tile_bytes(G::kWidth), tiles};
+  uint32_t residual[1] = {0};
+  if (r < rows) {
+    poll(c, read_slot(c, c.p.x.middle, c.clock, G::kHidden / 2) + at, 0, kDown, residual);
+  }
+  uint4 v[kSlices];
+  poll(c, act + 4 * c.lane, kSlice / 2, kDown, v);
+  wait(c, &c.s.full_down, c.layers, kDown);
+  for (int base = c.warp / G::kTopK; base < tiles; base += kBatch * kStep) {
+    float y[kBatch] = {};
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      Fragment f;
+      float x[8];
+      unpack_bf16(v[s], x);
+      make_fragment(f, c.slice(), x, c.lane);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (base + j * kStep >= tiles) break;
+        y[j] += unit_product(load_unit<G::kWidth>(run, base + j * kStep, s, c.lane), f, c.lane);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int tile = base + j * kStep;
+      const float sum = quad_sum(y[j]);
+      if (tile < tiles && (c.lane & 3) == 0) {
+        c.red()[rank * rows + tile * kTileRows + (c.lane >> 2)] = sum;
+      }
+    }
+  }
+  block_sync(kThreads);
+  if (r < rows) {
+    publish(c.p.x.hidden, c.hidden_clock() + 1, G::kHidden / 2, kReplicas, at,
+            pack_bf16(bf16_low(residual[0]) + weighted_sum<G>(c, c.red() + r, rows),
+                      bf16_high(residual[0]) + weighted_sum<G>(c, c.red() + r + 1, rows)));
+  }
+  stage_done(c, kDown);
+}
+
+}  // namespace moefuse::cuda
