@@ -220,7 +220,7 @@ for dtype in (mx.bfloat16, mx.float16, mx.float32):
                 x, gate, up, down, indices, weights, accumulate=mode,
                 group_size=group_size, bits=bits)
             digest.update(np.array(y.astype(mx.float32)).tobytes())
-print(moefuse.cpu_isa(), digest.hexdigest())
+print(moefuse._core.cpu_isa(), digest.hexdigest())
 """
 
 
