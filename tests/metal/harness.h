@@ -34,8 +34,16 @@ struct Approx {
   double value = 0.0, error = 0.0;
 };
 
+// Where the whole interval rounds to one half-precision number, that is the number, without error.
+// (Not so in fp32, where a kernel may fuse or reorder what is written here as separate steps.)
 template <typename T>
 Approx round_to(Approx a) {
+  if (std::isinf(a.value)) return {a.value, 0.0};  // an overflow of T on the way is exact too
+  const T low = T(static_cast<float>(a.value - a.error));
+  const T high = T(static_cast<float>(a.value + a.error));
+  const bool half = !std::is_same_v<T, float>;
+  if (half && static_cast<float>(low) == static_cast<float>(high))
+    return {static_cast<float>(low), 0.0};
   a.error += unit<T>() * (std::abs(a.value) + a.error) + tiny<T>();
   return a;
 }
@@ -64,8 +72,7 @@ template <typename T>
 Approx sigmoid(Approx x) {
   const bool negative = x.value < 0;
   const Approx e = round_to<T>(exp({std::abs(x.value), x.error}));
-  Approx y = round_to<T>(div({1, 0}, round_to<T>(add({1, 0}, e))));
-  if (std::is_same_v<T, float16_t> && e.value + e.error > 65000.0) y.error += y.value;  // e is inf
+  const Approx y = round_to<T>(div({1, 0}, round_to<T>(add({1, 0}, e))));
   return negative ? y : round_to<T>(add({1, 0}, {-y.value, y.error}));
 }
 template <typename T, bool STEPS>

@@ -5,14 +5,15 @@
 #include <cstddef>
 
 #include "dialect_host.h"
-#include "lanes.h"  // the others build on it
-
+//
+#include "lanes.h"
+#include "norm.h"
+// The texts above come first: the others build on them and include nothing themselves.
 #include "affine.h"
 #include "attention.h"
 #include "moe_combine.h"
 #include "moe_experts.h"
 #include "moe_router.h"
-#include "norm.h"
 #include "signatures.h"
 
 #define TYPE(name) using name = typename Params::name;
