@@ -27,7 +27,8 @@ app = typer.Typer(
     help="Fused MoE decode for MLX, and the lab that measures it.",
     epilog="Exit codes: 0 done; 1 measured, and the answer is no; 2 bad input; 130 interrupted.",
 )
-out_console = Console()
+# A pipe has no width: keep tables whole there rather than cut them at 80 columns.
+out_console = Console(width=None if sys.stdout.isatty() else 140)
 err_console = Console(stderr=True)
 
 TINY = ("qwen3-moe-tiny", "glm4-moe-lite-tiny")
@@ -54,14 +55,21 @@ def _guarded(command: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except ValueError as error:
-            err_console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        except (ValueError, OSError) as error:
+            err_console.print(
+                f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err_console.print("interrupted; what was finished is kept (bench --resume goes on)")
             raise typer.Exit(130) from None
 
     return run
+
+
+def _tell(line: str) -> None:
+    """A line of plain text on stdout, never wrapped."""
+    out_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value) -> None:
@@ -126,7 +134,7 @@ def doctor(
         _print_json(found)
         return
     for line in lab_doctor.lines(found):
-        out_console.print(line, markup=False, highlight=False)
+        _tell(line)
 
 
 @app.command(
@@ -158,11 +166,9 @@ def synth(
             seed=seed,
             tick=lambda n: bar.advance(task, n),
         )
-    out_console.print(
+    _tell(
         f"{out}: {like} geometry, {config['num_hidden_layers']} layers, "
         f"vocabulary {config['vocab_size']}, seed {seed}",
-        markup=False,
-        highlight=False,
     )
 
 
@@ -264,10 +270,10 @@ def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
             )
         out_console.print(table)
         for name, why in outcome.skipped.items():
-            out_console.print(f"not measured: {name}: {why}", markup=False, highlight=False)
+            _tell(f"not measured: {name}: {why}")
         for name in outcome.missed_faults:
             out_console.print(f"the fidelity gate missed the planted fault {name}", style="red")
-    out_console.print(f"ranking: {out / 'RANKING.md'}", markup=False, highlight=False)
+    _tell(f"ranking: {out / 'RANKING.md'}")
 
 
 @app.command(epilog="Example: moefuse fidelity models/qwen3-moe-tiny --plant wrong-weight")
@@ -285,7 +291,8 @@ def fidelity(
 ) -> None:
     """Compare tokens with stock's and logits with a float32 oracle. Exit code 1 on a fail.
 
-    With --plant exit code 1 means that the fault was not caught.
+    With --plant the fault lies under the first of --variants (default: stock), and exit code 1
+    means that it was not caught.
     """
     from .lab import bench as driver
     from .lab import campaign, checkpoint, environment, faults
@@ -302,7 +309,8 @@ def fidelity(
     )  # fmt: skip
     if plant:
         names = list(faults.FAULTS) if plant == "all" else [plant]
-        found = {name: (judge.check_fault(name), None) for name in names}
+        under = wanted[0] if variants else specs.STOCK
+        found = {name: (judge.check_fault(name, under), None) for name in names}
         bad = any(verdict.verdict != "fail" for verdict, _ in found.values())
     else:
         found = {v.name: judge.check_tokens(v, tokens) for v in wanted}
@@ -321,13 +329,13 @@ def _show_fidelity(found: dict, as_json: bool) -> None:
         error = verdict.oracle_error
         rms = f", rms error {error['variant']:.4g} (stock {error['stock']:.4g})" if error else ""
         line = f"{name}: {verdict.verdict}, {verdict.matched}/{verdict.total} tokens{rms}"
-        out_console.print(line, markup=False, highlight=False)
+        _tell(line)
         if void:
-            out_console.print(f"  void: {void}", markup=False, highlight=False)
+            _tell(f"  void: {void}")
         for prompt in verdict.per_prompt:
             if prompt.verdict != "identical":
                 line = f"  {prompt.name}: {prompt.verdict}; {prompt.reason}"
-                out_console.print(line, markup=False, highlight=False)
+                _tell(line)
 
 
 @app.command(epilog="Example: moefuse report --html report.html")
@@ -394,11 +402,9 @@ def rerun(
         low, high = found["old_interval"]
         where = "inside" if found["inside"] else "outside"
         void = f"; void: {found['void']}" if found["void"] else ""
-        out_console.print(
+        _tell(
             f"{found['variant']}: new median {found['new_median']:.3f}x lies {where} the old "
             f"interval {low:.3f}-{high:.3f}{void}",
-            markup=False,
-            highlight=False,
         )
     if not found["inside"]:
         raise typer.Exit(1)

@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import quantize_model
+from moefuse.lab import faults
 from moefuse.lab.faults import moe_layers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -132,3 +133,9 @@ class FakeEngine:
 def tiny(tmp_path_factory) -> Path:
     """Folder of the tiny model; its parent stands for the repository."""
     return write_model(tmp_path_factory.mktemp("repo") / "models" / "tiny")
+
+
+@pytest.fixture
+def one_fault(monkeypatch):
+    """Plant a single fault in the control: the others have their own tests, and take time."""
+    monkeypatch.setattr(faults, "FAULTS", {"k-minus-1": faults.FAULTS["k-minus-1"]})

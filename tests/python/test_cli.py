@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from lab_support import FakeEngine, tiny  # noqa: F401
+from lab_support import FakeEngine, one_fault, tiny  # noqa: F401
 from moefuse import cli
 from typer.testing import CliRunner
 
@@ -15,7 +15,7 @@ runner = CliRunner()
 
 
 @pytest.fixture
-def repo(tiny, tmp_path, monkeypatch):  # noqa: F811
+def repo(tiny, tmp_path, monkeypatch, one_fault):  # noqa: F811
     """A working folder with models/tiny and prompts, and a stand-in for the patch."""
     shutil.copytree(tiny.parent, tmp_path / "models")
     monkeypatch.chdir(tmp_path)

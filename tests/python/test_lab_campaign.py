@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from lab_support import FakeEngine, tiny  # noqa: F401
+from lab_support import FakeEngine, one_fault, tiny  # noqa: F401
 from moefuse.lab import LabError, bench, capsule, checkpoint, html, ledger, ranking, variants
 from moefuse.lab.campaign import FULL_PLAN, Plan, make_schedule, resized
 from moefuse.lab.prompts import Prompt
@@ -124,7 +124,7 @@ def test_html_is_self_contained_and_repeatable(done):
     assert not re.search(r'(src|href)="(?!#)', page.replace("xlink:href=", "href="))
 
 
-def test_a_variant_that_does_not_run_is_void(tiny, tmp_path):  # noqa: F811
+def test_a_variant_that_does_not_run_is_void(tiny, tmp_path, one_fault):  # noqa: F811
     campaign = start(tiny, tmp_path, FakeEngine(runs=False))
     outcome = bench.run(campaign, WANTED[:1])
     summary = outcome.found[0]["summary"]
@@ -139,7 +139,7 @@ class Refuses(FakeEngine):
         raise ValueError("[patch] router: expected a GPU, got a CPU")
 
 
-def test_a_variant_that_cannot_be_applied_is_told(tiny, tmp_path):  # noqa: F811
+def test_a_variant_that_cannot_be_applied_is_told(tiny, tmp_path, one_fault):  # noqa: F811
     outcome = bench.run(start(tiny, tmp_path, Refuses()), WANTED[:1])
     assert outcome.skipped == {"router": "[patch] router: expected a GPU, got a CPU"}
     assert "not measured: [patch] router" in (tmp_path / "LAB_NOTEBOOK.md").read_text()
@@ -154,7 +154,7 @@ class Interrupted(FakeEngine):
         return super().patch(model, variants, **more)
 
 
-def test_an_interrupted_campaign_is_whole_and_goes_on(tiny, tmp_path):  # noqa: F811
+def test_an_interrupted_campaign_is_whole_and_goes_on(tiny, tmp_path, one_fault):  # noqa: F811
     with pytest.raises(KeyboardInterrupt):
         bench.run(start(tiny, tmp_path, Interrupted()), WANTED)
     rows, complaints = ledger.read(tmp_path / ledger.NAME)

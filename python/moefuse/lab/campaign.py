@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -270,15 +270,21 @@ class Campaign:
         context = partial(applied, self.model, variant, self.engine)
         return self.judge(context, self._worst(side)), self._void(variant, side)
 
-    def check_fault(self, name: str) -> fidelity.Fidelity:
-        """Plant a fault and judge it like a variant, prompt by prompt until one fails."""
+    def check_fault(self, name: str, variant: Variant = STOCK) -> fidelity.Fidelity:
+        """Plant a fault under a variant and judge that, prompt by prompt until one fails."""
         short = prompts.pick(list(self.prompts.values()), long=False)
         count = self.plan.lengths["short"][0]
-        context = partial(faults.planted, self.model, name, short[0].ids)
+        plant = partial(faults.planted, self.model, name, short[0].ids)
+
+        @contextmanager
+        def context():
+            with plant(), applied(self.model, variant, self.engine):
+                yield
+
         tokens: dict[str, tuple[int, ...]] = {}
         for prompt in short:
-            with context():
-                run = self._generate(prompt, count, STOCK, Side())
+            with plant():
+                run = self._generate(prompt, count, variant, Side())
             tokens[prompt.name] = run.tokens
             if run.tokens == self.stock_tokens(prompt.name, count):
                 continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import LabError
 
-PARTS = ("router", "experts", "combine", "concat_gate_up", "step")
+PARTS = ("router", "experts", "swiglu", "combine", "concat_gate_up", "step")
 ACCUMULATE = ("exact", "fp32_no_fma", "fp32")
 
 # Each kernel alone first, then combinations: the order in which a campaign measures them.
@@ -16,6 +16,7 @@ FULL = (
     "router",
     "combine",
     "experts",
+    "swiglu",
     "concat_gate_up",
     "router+combine+concat_gate_up",
     "router+experts",
@@ -88,6 +89,7 @@ def ops_of(variant: Variant) -> dict[str, tuple[str, ...]]:
     proof = {
         "router": ("moe_router",),
         "experts": ("moe_experts",),
+        "swiglu": ("gather_qmm_swiglu",),
         "combine": ("moe_combine",),
         "concat_gate_up": ("concat_gate_up",),
         "step": ("step",),
