@@ -1,7 +1,7 @@
 // The attention half of a layer: qkv projection, grouped-query attention over the cache and the new
 // token, output projection with the residual.
 #pragma once
-#include "exchange.cuh"
+#include "loader.cuh"
 
 namespace moefuse::cuda {
 
@@ -16,9 +16,9 @@ MOEFUSE_DEVICE HeadGain load_head_gain(const Warp& c, const Layer& layer, int he
   return {gain[c.lane], gain[32 + c.lane], reinterpret_cast<const float4*>(rope)[c.lane]};
 }
 
-// hidden -> qkv, bf16
+// hidden -> qkv, bf16. next: the layer whose weights may take the place of this one's, or null
 template <class G>
-MOEFUSE_DEVICE void qkv_stage(Warp& c, uint4 gain) {
+MOEFUSE_DEVICE void qkv_stage(Warp& c, const Layer* next, uint4 gain) {
   constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices;
   const int slice = c.warp % kSlices, tiles = c.s.qkv.end - c.s.qkv.begin, rows = tiles * kTileRows;
   float v[8];
@@ -30,8 +30,8 @@ MOEFUSE_DEVICE void qkv_stage(Warp& c, uint4 gain) {
   wait(c, &c.s.full_qkv, c.layers, kQkv);
   const Run run{c.shared + c.p.layout.qkv, tiles};
   run_products<G::kHidden, 3>(run, c.warp / kSlices, kStep, slice, f, c.red(), c.lane);
-  arrive(c, &c.s.empty_qkv);
-  block_sync(kThreads);
+  block_sync();
+  if (next != nullptr && c.warp == kWarps - 1) load_qkv<G>(c, *next);
   const int r = 2 * c.thread;
   if (r < rows) {
     const float n = norm_factor<kSlices>(c.s.ssq[0], G::kHidden, c.p.eps);
@@ -49,24 +49,6 @@ struct AttentionScratch {
   float sum[4][8], maximum[8];
   float part[4][8][128];
 };
-
-// This block's share of the context: whole groups of kKvGroup, the new token in split 0.
-struct Span {
-  int head, split, begin, end, groups;
-  bool fresh;
-};
-MOEFUSE_DEVICE Span make_span(const StepParams& p, int block, int position, int kv_heads) {
-  Span s{};
-  if (block >= kv_heads * p.splits) return s;
-  s.head = block / p.splits, s.split = block % p.splits;
-  const int chunk = ((position + p.splits - 1) / p.splits + 15) / 16 * 16;
-  s.begin = s.split * chunk < position ? s.split * chunk : position;
-  s.end = s.begin + chunk < position ? s.begin + chunk : position;
-  s.fresh = s.split == 0;
-  s.groups = (s.end - s.begin + kKvGroup - 1) / kKvGroup;
-  if (s.fresh && s.groups == 0) s.groups = 1;
-  return s;
-}
 
 // Norm and rotation of one head, two pairs a lane: (2 l, 2 l + 1) and the same 64 further on.
 MOEFUSE_DEVICE void norm_and_rotate(uint32_t (&head)[2], const HeadGain& gain, float eps) {
@@ -198,7 +180,7 @@ MOEFUSE_DEVICE void publish_partial(Warp& c, Accumulator& acc, AttentionScratch&
     a.sum[quarter][head + half] = acc.sum;
     if (quarter == 0) a.maximum[head + half] = half ? acc.maximum[1] : acc.maximum[0];
   }
-  block_sync(kThreads);
+  block_sync();
   const float* part = &a.part[0][0][0];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -221,25 +203,27 @@ MOEFUSE_DEVICE void attention_stage(Warp& c, const Layer& layer, const HeadGain&
   const Span span = make_span(c.p, c.block, c.position, G::kKvHeads);
   if (c.block < G::kKvHeads * c.p.splits) {
     AttentionScratch& a = *reinterpret_cast<AttentionScratch*>(c.shared + c.p.layout.down);
-    auto kv_slot = [&](int use) {
-      return c.shared + c.p.layout.kv + use % kKvSlots * c.p.layout.kv_slot;
-    };
-    prepare_heads<G>(c, layer, span, gain, a, kv_slot(c.kv_groups + span.groups - 1));
-    block_sync(kThreads);
+    uint8_t* slots = c.shared + c.p.layout.kv;
+    const uint32_t bytes = c.p.layout.kv_slot;
+    prepare_heads<G>(c, layer, span, gain, a,
+                     slots + (c.kv_uses + span.groups - 1) % kKvSlots * bytes);
+    block_sync();
     Accumulator acc{{}, {-INFINITY, -INFINITY}, 0.f};
-    for (int i = 0; i < span.groups; ++i, ++c.kv_groups) {
-      const int left = span.end - span.begin - i * kKvGroup, use = c.kv_groups;
+    for (int i = 0; i < span.groups; ++i, ++c.kv_uses) {
+      const int left = span.end - span.begin - i * kKvGroup, at = c.kv_uses % kKvSlots;
       const int count = left < kKvGroup ? left : kKvGroup;
       const bool fresh = span.fresh && i == span.groups - 1;
-      const uint8_t* keys = kv_slot(use);
-      wait(c, &c.s.full_kv[use % kKvSlots], use / kKvSlots, kAttention);
+      const uint8_t* keys = slots + at * bytes;
+      wait(c, &c.s.full_kv[at], c.kv_uses / kKvSlots, kAttention);
       if (16 * c.warp < count || (fresh && c.warp == kKvGroup / 16)) {
         score_tile(c, a, keys, a.score[i & 1], c.warp);
       }
-      block_sync(kThreads);
+      block_sync();
+      // every warp has left the group before this one, so its slot is free
+      if (i > 0 && i + 1 < span.groups && c.warp == kWarps - 1) {
+        load_kv<G>(c, layer, span, i + 1, c.kv_uses + 1);
+      }
       weigh_values(c, acc, keys + (kKvGroup + 1) * 256, a.score[i & 1], count, fresh);
-      release_to_copies();
-      arrive(c, &c.s.empty_kv[use % kKvSlots]);
     }
     publish_partial(c, acc, a, span, G::kKvHeads);
   }
@@ -255,11 +239,10 @@ MOEFUSE_DEVICE void combine_stage(Warp& c) {
     float m = -INFINITY, sum = 0.f, out = 0.f;
     uint2 range[1];
     uint32_t word[kShare];
-    if (c.lane < c.p.splits) {
-      poll(c, slot(c.p.x.range, c.clock, G::kQHeads * kSplits * 2, 1, 0) +
-                  (head * kSplits + c.lane) * 2, 0, kCombine, range);
-      m = as_float(range[0].x), sum = as_float(range[0].y);
-    }
+    const int split = c.lane < c.p.splits ? c.lane : 0;
+    poll(c, slot(c.p.x.range, c.clock, G::kQHeads * kSplits * 2, 1, 0) +
+                (head * kSplits + split) * 2, 0, kCombine, range);
+    if (c.lane < c.p.splits) m = as_float(range[0].x), sum = as_float(range[0].y);
     const float weight = fast_exp(m - warp_maximum(m));
     const float share = weight / warp_sum(weight * sum);
     // a split that does not exist is read as split 0, with the weight of none
@@ -271,13 +254,13 @@ MOEFUSE_DEVICE void combine_stage(Warp& c) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) out += shuffle(share, c.warp * kShare + i) * as_float(word[i]);
     c.s.combine[c.warp][c.lane] = out;
-    block_sync(kThreads);
+    block_sync();
     if (c.thread < 16) {
       const float* column = &c.s.combine[0][2 * c.thread];
       publish(c.p.x.context, c.clock, G::kContext / 2, kReplicas, (head * 128 + dim) / 2 + c.thread,
               pack_bf16(sum_slices<kWarps>(column, 32), sum_slices<kWarps>(column + 1, 32)));
     }
-    if (task + c.p.blocks < kTasks) block_sync(kThreads);
+    if (task + c.p.blocks < kTasks) block_sync();
   }
   stage_done(c, kCombine);
 }
@@ -288,9 +271,10 @@ MOEFUSE_DEVICE void output_stage(Warp& c) {
   constexpr int kSlices = G::kContext / kSlice, kStep = kWarps / kSlices;
   const int slice = c.warp % kSlices, tiles = c.s.output.end - c.s.output.begin;
   const int rows = tiles * kTileRows, r = 2 * c.thread, at = (c.s.output.begin * kTileRows + r) / 2;
-  uint32_t residual[1] = {0};
+  uint32_t residual = 0;  // complete since the qkv stage
   if (r < rows) {
-    poll(c, read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2) + at, 0, kOutput, residual);
+    residual = load_shared_word(
+        read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2) + at);
   }
   float v[8];
   poll_slice(c, read_slot(c, c.p.x.context, c.clock, G::kContext / 2), slice, kOutput, v);
@@ -299,11 +283,11 @@ MOEFUSE_DEVICE void output_stage(Warp& c) {
   wait(c, &c.s.full_dense, c.layers, kOutput);
   const Run run{c.shared + c.p.layout.dense, tiles};
   run_products<G::kContext, 2>(run, c.warp / kSlices, kStep, slice, f, c.red(), c.lane);
-  block_sync(kThreads);
+  block_sync();
   if (r < rows) {
     const uint32_t word =
-        pack_bf16(bf16_low(residual[0]) + sum_slices<kSlices>(c.red() + r, rows),
-                  bf16_high(residual[0]) + sum_slices<kSlices>(c.red() + r + 1, rows));
+        pack_bf16(bf16_low(residual) + sum_slices<kSlices>(c.red() + r, rows),
+                  bf16_high(residual) + sum_slices<kSlices>(c.red() + r + 1, rows));
     publish(c.p.x.middle, c.clock, G::kHidden / 2, kReplicas, at, word);
   }
   stage_done(c, kOutput);

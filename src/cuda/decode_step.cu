@@ -8,7 +8,7 @@
 namespace moefuse::cuda {
 
 template <class G>
-__global__ __launch_bounds__(kThreads + 32, 1) void step_kernel(const __grid_constant__
+__global__ __launch_bounds__(kThreads, 1) void step_kernel(const __grid_constant__
                                                                 StepParams p) {
   step<G>(p, threadIdx.x, blockIdx.x);
 }
@@ -27,11 +27,10 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// The code a waiting thread left behind: layer << 8 | stage, plus one; the top bit is the loader's.
+// The code a waiting thread left behind: layer << 8 | stage, plus one.
 std::string fault_name(unsigned code) {
-  const unsigned plain = (code & 0x7fffffffu) - 1;
-  return std::string(kStageNames[(plain & 0xff) % kStages]) +
-         (code >> 31 ? " (loader)" : "") + ", layer " + std::to_string(plain >> 8);
+  return std::string(kStageNames[((code - 1) & 0xff) % kStages]) + ", layer " +
+         std::to_string((code - 1) >> 8);
 }
 
 }  // namespace
@@ -113,7 +112,7 @@ void DecodeStep<G>::run(int tokens, cudaStream_t stream) {
   params_.tokens = max_tokens_ = tokens;
   host_position_ += tokens;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params_.blocks), config.blockDim = dim3(kThreads + 32);
+  config.gridDim = dim3(params_.blocks), config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = params_.layout.total, config.stream = stream;
   cudaLaunchAttribute whole[1];  // every block must be resident: they wait for each other
   whole[0].id = cudaLaunchAttributeCooperative, whole[0].val.cooperative = 1;

@@ -11,7 +11,7 @@
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define MOEFUSE_BULK_COPY 1  // one thread asks the copy engine for kilobytes
 #else
-#define MOEFUSE_BULK_COPY 0  // sm_80: every lane of the loader copies 16 bytes at a time
+#define MOEFUSE_BULK_COPY 0  // sm_80: every copying lane moves 16 bytes at a time
 #endif
 
 namespace moefuse::cuda {
@@ -57,11 +57,10 @@ MOEFUSE_DEVICE uint64_t shuffle_xor(uint64_t v, int mask) {
 }
 MOEFUSE_DEVICE uint32_t warp_max(uint32_t v) { return __reduce_max_sync(~0u, v); }
 MOEFUSE_DEVICE uint32_t warp_add(uint32_t v) { return __reduce_add_sync(~0u, v); }
+MOEFUSE_DEVICE int first_bit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
+MOEFUSE_DEVICE uint32_t warp_ballot(bool v) { return __ballot_sync(~0u, v); }
 MOEFUSE_DEVICE void warp_sync() { __syncwarp(); }
-// barrier of the first `threads` threads of the block: the loader warp is not among them
-MOEFUSE_DEVICE void block_sync(int threads) {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
+MOEFUSE_DEVICE void block_sync() { __syncthreads(); }
 
 // ---- tensor cores: c += A[16 x 16] B[16 x 8]
 MOEFUSE_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -114,10 +113,13 @@ MOEFUSE_DEVICE long long cycles() { return clock64(); }
 // The compiler may no longer assume it knows v: addresses made from it are not kept over stages.
 MOEFUSE_DEVICE void forget(int& v) { asm volatile("" : "+r"(v)); }
 
-// ---- waits end: a wait this long is a fault, never a hang. The code names the stage.
-constexpr unsigned kSpinLimit = 1u << 24;
-MOEFUSE_DEVICE void spin(unsigned& count, unsigned* fault, unsigned code) {
-  if (++count < kSpinLimit) return;
+// ---- waits end: a wait of seconds is a fault, never a hang. `since` starts at 0; the code names
+// the stage.
+constexpr unsigned kSpinCycles = 3u << 30;
+MOEFUSE_DEVICE void spin(unsigned& since, unsigned* fault, unsigned code) {
+  const unsigned now = static_cast<unsigned>(clock64()) | 1u;
+  if (since == 0) since = now;
+  if (now - since < kSpinCycles) return;
   *reinterpret_cast<volatile unsigned*>(fault) = code;
   __threadfence_system();
   __trap();
@@ -126,10 +128,6 @@ MOEFUSE_DEVICE void spin(unsigned& count, unsigned* fault, unsigned code) {
 // ---- mbarriers: `arrivals` arrivals, plus the bytes announced, complete a phase
 MOEFUSE_DEVICE void barrier_init(uint64_t* b, unsigned arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)
-               : "memory");
-}
-MOEFUSE_DEVICE void barrier_arrive(uint64_t* b) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(b))
                : "memory");
 }
 MOEFUSE_DEVICE bool barrier_done(uint64_t* b, unsigned parity) {

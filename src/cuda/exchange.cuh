@@ -8,11 +8,10 @@
 
 namespace moefuse::cuda {
 
-// Fixed part of shared memory. Barriers complete once a layer, the ring ones once a use.
+// Fixed part of shared memory. The first barriers complete once a layer, the last ones once a use.
 struct Control {
-  uint64_t full_qkv, empty_qkv, full_dense, selected, empty_items, full_down;
-  uint64_t full_kv[kKvSlots], empty_kv[kKvSlots], full_item[kMaxItems];
-  uint64_t full_lm[kLmSlots], empty_lm[kLmSlots];
+  uint64_t full_qkv, full_dense, full_down, full_item[kMaxItems];
+  uint64_t full_kv[kKvSlots], full_lm[kWarps];
   uint64_t best[kWarps];
   int expert[8];
   float score[8], ssq[2][kWarps], combine[kWarps][32];
@@ -25,7 +24,7 @@ struct Warp {
   uint8_t* shared;
   int warp, lane, thread, block;
   int clock, sampled, position;     // as in State
-  int layers, kv_groups, lm_slots;  // layers, KV slots and lm_head slots used since the launch
+  int layers, kv_uses, lm_uses;     // of their barriers, since the launch
   int flip;                         // which half of `red` the next stage writes
   long long since;
 
@@ -46,12 +45,6 @@ MOEFUSE_DEVICE void wait_barrier(uint64_t* b, unsigned parity, unsigned* fault, 
 MOEFUSE_DEVICE void wait(const Warp& c, uint64_t* b, int uses, Stage stage) {
   wait_barrier(b, uses, c.p.fault, c.code(stage));
 }
-// all lanes of a warp are done with what `b` guards
-MOEFUSE_DEVICE void arrive(const Warp& c, uint64_t* b) {
-  warp_sync();
-  if (c.lane == 0) barrier_arrive(b);
-}
-
 MOEFUSE_DEVICE bool ready(uint32_t v) { return v != kEmpty; }
 MOEFUSE_DEVICE bool ready(uint2 v) { return ready(v.x) && ready(v.y); }
 MOEFUSE_DEVICE bool ready(uint4 v) {
@@ -61,18 +54,27 @@ MOEFUSE_DEVICE void load_shared(uint32_t& v, const uint32_t* p) { v = load_share
 MOEFUSE_DEVICE void load_shared(uint2& v, const uint32_t* p) { v = load_shared_pair(p); }
 MOEFUSE_DEVICE void load_shared(uint4& v, const uint32_t* p) { v = load_shared_quad(p); }
 
-// N vectors `stride` words apart, all asked for before the first is looked at.
+// N vectors a lane, `stride` words apart, all asked for before the first is looked at. While
+// something is missing one lane asks for it: a whole warp asking again would fill L2 with questions.
 template <class T, int N>
 MOEFUSE_DEVICE void poll(const Warp& c, const uint32_t* p, int stride, Stage stage, T (&v)[N]) {
+  unsigned since = 0;
+  for (;;) {
+    int missing = -1;
 #pragma unroll
-  for (int i = 0; i < N; ++i) load_shared(v[i], p + i * stride);
+    for (int i = 0; i < N; ++i) load_shared(v[i], p + i * stride);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    unsigned count = 0;
-    while (!ready(v[i])) {
-      spin(count, c.p.fault, c.code(stage));
-      load_shared(v[i], p + i * stride);
+    for (int i = 0; i < N; ++i) missing = ready(v[i]) ? missing : i;
+    const uint32_t lanes = warp_ballot(missing >= 0);
+    if (lanes == 0) return;
+    if (c.lane == first_bit(lanes)) {
+      T gate;
+      do {
+        spin(since, c.p.fault, c.code(stage));
+        load_shared(gate, p + missing * stride);
+      } while (!ready(gate));
     }
+    warp_sync();
   }
 }
 

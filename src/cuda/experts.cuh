@@ -1,7 +1,7 @@
 // The MoE half of a layer: router, selection, gate and up with SwiGLU, down with the combine and the
 // residual. The router selects on fp32 logits and normalises over the selected.
 #pragma once
-#include "exchange.cuh"
+#include "loader.cuh"
 
 namespace moefuse::cuda {
 
@@ -39,7 +39,7 @@ MOEFUSE_DEVICE void router_stage(Warp& c, uint4 gain, Fragment& f) {
         warp_sum(router_row<G::kHidden>(weights, rows, r, slice * kSlice + 8 * c.lane, v));
     if (c.lane == 0) c.red()[slice * rows + r] = y;
   }
-  block_sync(kThreads);
+  block_sync();
   if (c.thread < rows) {
     const float y = sum_slices<kSlices>(c.red() + c.thread, rows) *
                     norm_factor<kSlices>(c.s.ssq[1], G::kHidden, c.p.eps);
@@ -49,43 +49,46 @@ MOEFUSE_DEVICE void router_stage(Warp& c, uint4 gain, Fragment& f) {
   stage_done(c, kRouter);
 }
 
-// Each warp ranks its share of the experts: how many are larger, or equal with a lower index.
+// One warp fetches the logits; every warp ranks its share of the experts (how many are larger, or
+// equal with a lower index), then fetches its share of the selected ones' weights.
 template <class G>
-MOEFUSE_DEVICE void select_stage(Warp& c) {
+MOEFUSE_DEVICE void select_stage(Warp& c, const Layer& layer) {
   constexpr int kPerLane = G::kExperts / 32, kShare = G::kExperts / kWarps;
-  const uint32_t* from = read_slot(c, c.p.x.scores, c.clock, G::kExperts) + kPerLane * c.lane;
-  uint32_t bits[kPerLane], key[kPerLane];
-  poll(c, from, 1, kSelect, bits);
+  float* logits = c.red();
+  if (c.warp == 0) {
+    uint32_t bits[kPerLane];
+    poll(c, read_slot(c, c.p.x.scores, c.clock, G::kExperts) + c.lane, 32, kSelect, bits);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) key[i] = sortable(as_float(bits[i]));
+    for (int i = 0; i < kPerLane; ++i) logits[32 * i + c.lane] = as_float(bits[i]);
+  }
+  release_to_copies();  // attention's scratch and the new KV row become copy targets
+  block_sync();
+  uint32_t key[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) key[i] = sortable(logits[32 * i + c.lane]);
 #pragma unroll
   for (int j = 0; j < kShare; ++j) {
-    const int expert = c.warp * kShare + j, owner = expert / kPerLane;
-    uint32_t mine = 0, logit = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (expert % kPerLane == i) mine = key[i], logit = bits[i];
-    }
-    mine = shuffle(mine, owner), logit = shuffle(logit, owner);
+    const int expert = c.warp * kShare + j;
+    const uint32_t mine = sortable(logits[expert]);
     uint32_t above = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      above += key[i] > mine || (key[i] == mine && kPerLane * c.lane + i < expert);
+      above += key[i] > mine || (key[i] == mine && 32 * i + c.lane < expert);
     }
     const uint32_t rank = warp_add(above);
     if (rank < G::kTopK && c.lane == 0) {
       c.s.expert[rank] = expert;
-      c.s.score[rank] = as_float(logit);
+      c.s.score[rank] = logits[expert];
     }
   }
-  release_to_copies();  // attention's scratch and the new KV row become copy targets
-  arrive(c, &c.s.selected);
+  block_sync();
+  load_experts<G>(c, layer);
   stage_done(c, kSelect);
 }
 
-// half of the warps take gate, half up, a tile pair at a time as it lands
+// half of the warps take gate, half up, a tile pair at a time as it lands; next as in qkv_stage
 template <class G>
-MOEFUSE_DEVICE void gate_up_stage(Warp& c, const Fragment& f) {
+MOEFUSE_DEVICE void gate_up_stage(Warp& c, const Layer* next, const Fragment& f) {
   constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices / 2;
   constexpr uint32_t kTile = tile_bytes(G::kHidden);
   const int slice = c.warp % kSlices, group = c.warp / kSlices, up = group & 1;
@@ -98,8 +101,8 @@ MOEFUSE_DEVICE void gate_up_stage(Warp& c, const Fragment& f) {
         quad_sum(unit_product(load_unit<G::kHidden>(run, 0, slice, c.lane), f, c.lane));
     if ((c.lane & 3) == 0) red[slice * rows + i * kTileRows + (c.lane >> 2)] = y;
   }
-  arrive(c, &c.s.empty_items);
-  block_sync(kThreads);
+  block_sync();
+  if (next != nullptr) load_ahead<G>(c, *next, c.position);
   const int r = 2 * c.thread;
   if (r < rows) {
     const float n = norm_factor<kSlices>(c.s.ssq[1], G::kHidden, c.p.eps);
@@ -138,9 +141,9 @@ MOEFUSE_DEVICE void down_stage(Warp& c) {
   const uint32_t* act =
       read_slot(c, c.p.x.act, c.clock, G::kTopK * G::kWidth / 2) + rank * (G::kWidth / 2);
   const Run run{c.shared + c.p.layout.down + rank * tiles * tile_bytes(G::kWidth), tiles};
-  uint32_t residual[1] = {0};
+  uint32_t residual = 0;  // complete since the router stage
   if (r < rows) {
-    poll(c, read_slot(c, c.p.x.middle, c.clock, G::kHidden / 2) + at, 0, kDown, residual);
+    residual = load_shared_word(read_slot(c, c.p.x.middle, c.clock, G::kHidden / 2) + at);
   }
   uint4 v[kSlices];
   poll(c, act + 4 * c.lane, kSlice / 2, kDown, v);
@@ -168,11 +171,11 @@ MOEFUSE_DEVICE void down_stage(Warp& c) {
       }
     }
   }
-  block_sync(kThreads);
+  block_sync();
   if (r < rows) {
     publish(c.p.x.hidden, c.hidden_clock() + 1, G::kHidden / 2, kReplicas, at,
-            pack_bf16(bf16_low(residual[0]) + weighted_sum<G>(c, c.red() + r, rows),
-                      bf16_high(residual[0]) + weighted_sum<G>(c, c.red() + r + 1, rows)));
+            pack_bf16(bf16_low(residual) + weighted_sum<G>(c, c.red() + r, rows),
+                      bf16_high(residual) + weighted_sum<G>(c, c.red() + r + 1, rows)));
   }
   stage_done(c, kDown);
 }

@@ -1,7 +1,7 @@
 // The end and the start of a token: final norm, logits, the greedy choice among all SMs, and the
 // embedding of the chosen token.
 #pragma once
-#include "exchange.cuh"
+#include "loader.cuh"
 
 namespace moefuse::cuda {
 
@@ -18,39 +18,54 @@ MOEFUSE_DEVICE uint64_t warp_best(uint64_t key) {
   return key;
 }
 
-// 16 rows from one slot of the ring; the warps take turns at the final sums
-template <class G>
-MOEFUSE_DEVICE uint64_t finish_slot(const Warp& c, const float* red, int first, int count, float n) {
-  constexpr int kSlices = G::kHidden / kSlice;
-  if (c.lane >= count * kTileRows) return 0;
-  const float logit = sum_slices<kSlices>(red + c.lane, count * kTileRows) * n;
-  const int row = first * kTileRows + c.lane;
-  c.p.logits[row] = logit;
-  return logit_key(logit, row);
+// The vector's slices in shared memory, each with its chunks' sums and offsets: any warp can then
+// take a whole tile.
+struct LmVector {
+  uint32_t columns[kSlice / 2];
+  float sum[8], offset[8], unscale, pad[3];
+};
+
+MOEFUSE_DEVICE void store_slice(LmVector& v, const Fragment& f, int lane) {
+  const int t = lane & 3;
+  if (lane >= 4) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int chunk = 4 * (t >> 1) + (t & 1) + 2 * i;
+    v.sum[chunk] = f.sum[i], v.offset[chunk] = f.offset[i];
+  }
+  v.unscale = f.unscale;
+}
+MOEFUSE_DEVICE void load_slice(Fragment& f, const LmVector& v, int lane) {
+  const int t = lane & 3, chunk = 4 * (t >> 1) + (t & 1);
+  load_columns(f, v.columns, lane);
+  f.sum[0] = v.sum[chunk], f.sum[1] = v.sum[chunk + 2];
+  f.offset[0] = v.offset[chunk], f.offset[1] = v.offset[chunk + 2];
+  f.unscale = v.unscale;
 }
 
+// Every warp streams its own tiles through its own place: no barrier, 16 loads in flight an SM.
 template <class G>
-MOEFUSE_DEVICE uint64_t lm_head_rows(Warp& c, const Fragment& f) {
-  constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices;
+MOEFUSE_DEVICE uint64_t lm_head_rows(Warp& c, const LmVector* vector) {
   const Range tiles = share(G::kVocab / kTileRows, c.block, c.p.blocks);
-  const int slice = c.warp % kSlices;
-  const float n = norm_factor<kSlices>(c.s.ssq[0], G::kHidden, c.p.eps);
+  const float n = norm_factor<G::kHidden / kSlice>(c.s.ssq[0], G::kHidden, c.p.eps);
+  const Run run{c.shared + c.p.layout.items + c.warp * tile_bytes(G::kHidden), 1};
   uint64_t best = 0;
-  for (int t = tiles.begin, turn = 0; t < tiles.end; t += 2, ++turn, ++c.flip) {
-    const int use = c.lm_slots++, at = use % kLmSlots, count = tiles.end - t < 2 ? 1 : 2;
-    wait(c, &c.s.full_lm[at], use / kLmSlots, kLmHead);
-    const Run run{c.shared + c.p.layout.items + at * c.p.layout.lm_slot, 2};
-    for (int i = c.warp / kSlices; i < count; i += kStep) {
-      const float y =
-          quad_sum(unit_product(load_unit<G::kHidden>(run, i, slice, c.lane), f, c.lane));
-      if ((c.lane & 3) == 0) c.red()[(slice * count + i) * kTileRows + (c.lane >> 2)] = y;
+  for (int tile = tiles.begin + c.warp; tile < tiles.end; tile += kWarps) {
+    wait(c, &c.s.full_lm[c.warp], c.lm_uses++, kLmHead);
+    float y = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < G::kHidden / kSlice; ++s) {
+      Fragment f;
+      load_slice(f, vector[s], c.lane);
+      y += unit_product(load_unit<G::kHidden>(run, 0, s, c.lane), f, c.lane);
     }
-    arrive(c, &c.s.empty_lm[at]);
-    block_sync(kThreads);
-    if (c.warp == turn % kWarps) {
-      const uint64_t key = finish_slot<G>(c, c.red(), t, count, n);
-      best = key > best ? key : best;
-    }
+    y = quad_sum(y) * n;
+    warp_sync();
+    if (tile + kWarps < tiles.end) load_lm_tile<G>(c, tile + kWarps);
+    const int row = tile * kTileRows + (c.lane >> 2);
+    if ((c.lane & 3) == 0) c.p.logits[row] = y;
+    const uint64_t key = logit_key(y, row);
+    best = key > best ? key : best;
   }
   return best;
 }
@@ -59,18 +74,23 @@ MOEFUSE_DEVICE uint64_t lm_head_rows(Warp& c, const Fragment& f) {
 template <class G>
 MOEFUSE_DEVICE void lm_head_stage(Warp& c, uint4 gain) {
   constexpr int kSlices = G::kHidden / kSlice;
-  const int slice = c.warp % kSlices;
-  float v[8];
-  poll_slice(c, read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2), slice, kLmHead, v);
-  const float ssq = apply_gain(v, gain);
-  if (c.warp < kSlices && c.lane == 0) c.s.ssq[0][slice] = ssq;
-  Fragment f;
-  make_fragment(f, c.slice(), v, c.lane);
+  const Range tiles = share(G::kVocab / kTileRows, c.block, c.p.blocks);
+  LmVector* vector = reinterpret_cast<LmVector*>(c.shared + c.p.layout.slices);
+  if (tiles.begin + c.warp < tiles.end) load_lm_tile<G>(c, tiles.begin + c.warp);
   publish_fence();  // once a token: emptied slots and cache rows are in place before the next token
-  block_sync(kThreads);
-  const uint64_t best = warp_best(lm_head_rows<G>(c, f));
+  if (c.warp < kSlices) {
+    float v[8];
+    poll_slice(c, read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2), c.warp, kLmHead, v);
+    const float ssq = apply_gain(v, gain);
+    if (c.lane == 0) c.s.ssq[0][c.warp] = ssq;
+    Fragment f;
+    make_fragment(f, vector[c.warp].columns, v, c.lane);
+    store_slice(vector[c.warp], f, c.lane);
+  }
+  block_sync();
+  const uint64_t best = warp_best(lm_head_rows<G>(c, vector));
   if (c.lane == 0) c.s.best[c.warp] = best;
-  block_sync(kThreads);
+  block_sync();
   if (c.warp == 0) {
     const uint64_t key = warp_best(c.lane < kWarps ? c.s.best[c.lane] : 0);
     if (c.lane == 0) {

@@ -17,6 +17,17 @@ struct Fragment {
   float sum[2], offset[2], unscale; // of its two chunks: sum of x, what the fp16 offsets add
 };
 
+// The block-diagonal B from xs: [4][8 chunks] of 16 bytes; only two lanes of eight hold columns.
+MOEFUSE_DEVICE void load_columns(Fragment& f, const uint32_t* xs, int lane) {
+  const int g = lane >> 2, t = lane & 3, chunk = 4 * (t >> 1) + 2 * (g & 1) + (t & 1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint4 u = make_uint4(0, 0, 0, 0);
+    if ((g >> 1) == t) u = reinterpret_cast<const uint4*>(xs)[8 * i + chunk];
+    f.b[4 * i] = u.x, f.b[4 * i + 1] = u.y, f.b[4 * i + 2] = u.z, f.b[4 * i + 3] = u.w;
+  }
+}
+
 // Lane l of a warp brings columns 8 l .. 8 l + 7 of its slice. xs: 512 bytes of this warp.
 MOEFUSE_DEVICE void make_fragment(Fragment& f, uint32_t* xs, const float (&v)[8], int lane) {
   uint32_t top = 0;
@@ -37,19 +48,12 @@ MOEFUSE_DEVICE void make_fragment(Fragment& f, uint32_t* xs, const float (&v)[8]
     if (i & 1) x[i] *= 0.0625f;
   }
   even = quad_sum(even), odd = quad_sum(odd);
-  uint32_t* to = xs + 4 * lane;
   warp_sync();  // the last use of xs is over in every lane
-  to[0] = pack_f16(x[0], x[4]), to[1] = pack_f16(x[1], x[5]);
-  to[2] = pack_f16(x[2], x[6]), to[3] = pack_f16(x[3], x[7]);
+  reinterpret_cast<uint4*>(xs)[8 * (lane & 3) + (lane >> 2)] = make_uint4(
+      pack_f16(x[0], x[4]), pack_f16(x[1], x[5]), pack_f16(x[2], x[6]), pack_f16(x[3], x[7]));
   warp_sync();
-  const int g = lane >> 2, t = lane & 3;
-  const uint4* from = reinterpret_cast<const uint4*>(xs) + 8 * (2 * (t >> 1) + (g & 1)) + 4 * (t & 1);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint4 u = make_uint4(0, 0, 0, 0);
-    if ((g >> 1) == t) u = from[i];
-    f.b[4 * i] = u.x, f.b[4 * i + 1] = u.y, f.b[4 * i + 2] = u.z, f.b[4 * i + 3] = u.w;
-  }
+  load_columns(f, xs, lane);
+  const int t = lane & 3;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // chunk c was summed by lanes 4 c .. 4 c + 3
     const int from_lane = 4 * (4 * (t >> 1) + (t & 1) + 2 * i);

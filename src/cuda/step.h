@@ -1,9 +1,9 @@
 // One decode step on one GPU as one persistent kernel: what it reads, what it writes, and the
 // shape of its shared memory. Plain data, shared by the host and the device.
 //
-// One block sits on every SM for a whole token, so the stages of a layer need no launches. A loader
-// warp streams the next stages' weights into shared memory while sixteen arithmetic warps wait for
-// each other's results. Results travel through small rings in L2 and are their own flags: a slot
+// One block sits on every SM for a whole token, so the stages of a layer need no launches. Weights
+// stream into shared memory ahead of the stages that need them, while the SMs wait for each other's
+// results. Results travel through small rings in L2 and are their own flags: a slot
 // starts as kEmpty words, which no arithmetic here produces, and a reader spins on the very words it
 // needs. Every sum has a fixed order, whatever the number of SMs.
 #pragma once
@@ -21,7 +21,7 @@ namespace moefuse::cuda {
 constexpr uint32_t kEmpty = 0xffffffffu;  // as two bf16 or one float: a NaN no instruction returns
 constexpr int kRing = 4;                  // slots of every exchange buffer; two layers are in use
 constexpr int kReplicas = 4;              // copies of the vectors that every SM reads at once
-constexpr int kWarps = 16;                // arithmetic warps; one more loads
+constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileRows = 8;   // rows of one mma tile
 constexpr int kSlice = 256;    // columns of one unit of work
@@ -29,7 +29,6 @@ constexpr int kGroupSize = 64; // quantisation group
 constexpr int kKvGroup = 48;   // cached tokens in one slot of shared memory, plus the new one
 constexpr int kKvSlots = 2;
 constexpr int kMaxItems = 32;  // gate/up tiles of one block
-constexpr int kLmSlots = 6;
 constexpr int kSplits = 32;    // parts of the context of one kv head
 
 // Affine 4-bit rows as MLX stores them: weight [rows, K / 8] (nibble i of a word is column i),
@@ -70,7 +69,7 @@ struct Exchange {
 // Byte offsets in shared memory.
 struct Layout {
   uint32_t slices, red, qkv, dense, kv, items, down, total;
-  uint32_t red_floats, kv_slot, lm_slot;
+  uint32_t red_floats, kv_slot;
 };
 
 struct StepParams {

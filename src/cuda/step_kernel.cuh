@@ -7,36 +7,38 @@
 
 namespace moefuse::cuda {
 
-MOEFUSE_DEVICE void init_barriers(Control& s) {
-  uint64_t* const full[] = {&s.full_qkv, &s.full_dense, &s.full_down};
-  uint64_t* const empty[] = {&s.empty_qkv, &s.selected, &s.empty_items};
-  for (uint64_t* b : full) barrier_init(b, kLoadArrivals);
-  for (uint64_t* b : empty) barrier_init(b, kWarps);
+template <class G>
+MOEFUSE_DEVICE void init_control(const StepParams& p, Control& s, int block) {
+  barrier_init(&s.full_qkv, kLoadArrivals), barrier_init(&s.full_dense, kLoadArrivals);
+  barrier_init(&s.full_down, G::kTopK * kLoadArrivals);
   for (uint64_t& b : s.full_item) barrier_init(&b, kLoadArrivals);
   for (uint64_t& b : s.full_kv) barrier_init(&b, kLoadArrivals);
   for (uint64_t& b : s.full_lm) barrier_init(&b, kLoadArrivals);
-  for (uint64_t& b : s.empty_kv) barrier_init(&b, kWarps);
-  for (uint64_t& b : s.empty_lm) barrier_init(&b, kWarps);
+  s.qkv = share(G::kQkvRows / kTileRows, block, p.blocks);
+  s.output = share(G::kHidden / kTileRows, block, p.blocks);
+  s.router = share(G::kExperts, block, p.blocks);
+  s.items = share(G::kItems, block, p.blocks);
   release_to_copies();
 }
 
 template <class G>
-MOEFUSE_DEVICE void run_layer(Warp& c, int index, uint4& gain) {
+MOEFUSE_DEVICE void run_layer(Warp& c, int index, bool last_token, uint4& gain) {
   const Layer& layer = c.p.layers[index];
   const bool last = index + 1 == c.p.num_layers;
+  const Layer* next = last ? nullptr : c.p.layers + index + 1;
   const int slice = c.warp % (G::kHidden / kSlice);
   // everything below that comes from DRAM is asked for one stage before its use
   const HeadGain head = load_head_gain(c, layer, G::kHeadDim);
-  qkv_stage<G>(c, gain);
+  qkv_stage<G>(c, last && !last_token ? c.p.layers : next, gain);
   attention_stage<G>(c, layer, head);
   gain = load_gain(layer.post_norm, slice, c.lane);
   combine_stage<G>(c);
   output_stage<G>(c);
   Fragment f;
   router_stage<G>(c, gain, f);
-  select_stage<G>(c);
-  gate_up_stage<G>(c, f);
-  gain = load_gain(last ? c.p.final_norm : c.p.layers[index + 1].input_norm, slice, c.lane);
+  select_stage<G>(c, layer);
+  gate_up_stage<G>(c, next, f);
+  gain = load_gain(last ? c.p.final_norm : next->input_norm, slice, c.lane);
   down_stage<G>(c);
   ++c.clock, ++c.layers;
 }
@@ -45,11 +47,16 @@ template <class G>
 MOEFUSE_DEVICE void run_tokens(Warp& c) {
   const int slice = c.warp % (G::kHidden / kSlice);
   int token = c.p.state->token;
+  if (c.warp == kWarps - 1) load_qkv<G>(c, c.p.layers[0]);
   for (int i = 0; i < c.p.tokens; ++i, ++c.position, ++c.sampled) {
+    acquire_for_copies();
+    load_ahead<G>(c, c.p.layers[0], c.position);
     uint4 gain = load_gain(c.p.layers[0].input_norm, slice, c.lane);
     if (c.warp == 0) embed_stage<G>(c, token);
     stage_done(c, kEmbed);
-    for (int layer = 0; layer < c.p.num_layers; ++layer) run_layer<G>(c, layer, gain);
+    for (int layer = 0; layer < c.p.num_layers; ++layer) {
+      run_layer<G>(c, layer, i + 1 == c.p.tokens, gain);
+    }
     lm_head_stage<G>(c, gain);
     if (c.warp == 0) {
       token = sampled_token(c);
@@ -67,22 +74,11 @@ MOEFUSE_DEVICE void step(const StepParams& p, int thread, int block) {
   Control& s = *reinterpret_cast<Control*>(shared);
   const int lane = thread & 31, warp = thread >> 5;
   const State state = *p.state;
-  if (thread == 0) {
-    init_barriers(s);
-    s.qkv = share(G::kQkvRows / kTileRows, block, p.blocks);
-    s.output = share(G::kHidden / kTileRows, block, p.blocks);
-    s.router = share(G::kExperts, block, p.blocks);
-    s.items = share(G::kItems, block, p.blocks);
-  }
-  block_sync(kThreads + 32);
-  if (warp == kWarps) {
-    Loader l{p, s, shared, lane, block, state.position, 0, 0, 0};
-    load_tokens<G>(l);
-  } else {
-    Warp c{p, s, shared, warp, lane, thread, block, state.clock, state.sampled, state.position,
-           0, 0, 0, 0, cycles()};
-    run_tokens<G>(c);
-  }
+  if (thread == 0) init_control<G>(p, s, block);
+  block_sync();
+  Warp c{p, s, shared, warp, lane, thread, block, state.clock, state.sampled, state.position,
+         0,     0, 0, 0, cycles()};
+  run_tokens<G>(c);
 }
 
 }  // namespace moefuse::cuda

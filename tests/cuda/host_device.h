@@ -188,9 +188,18 @@ inline uint32_t warp_max(uint32_t v) {
 inline uint32_t warp_add(uint32_t v) {
   return warp_reduce(v, [](uint64_t a, uint64_t b) { return a + b; });
 }
+inline int first_bit(uint32_t v) { return __builtin_ctz(v); }
+inline uint32_t warp_ballot(bool v) {
+  return static_cast<uint32_t>(host::collective(v, [](const uint64_t* in, uint64_t* out) {
+    uint64_t r = 0;
+    for (int i = 0; i < 32; ++i) r |= in[i] << i;
+    for (int i = 0; i < 32; ++i) out[i] = r;
+  }));
+}
 inline void warp_sync() { warp_add(0); }
-inline void block_sync(int threads) {
+inline void block_sync() {
   host::Block& b = host::block();
+  const int threads = 32 * static_cast<int>(b.warps.size());
   const unsigned generation = b.generation;
   if (++b.waiting == threads) b.waiting = 0, ++b.generation, ++host::progress;
   while (b.generation == generation) host::yield();

@@ -79,7 +79,7 @@ struct Model {
   }
   void run(int tokens) {
     p.tokens = tokens;
-    mc::host::launch(p.blocks, mc::kThreads + 32, p.layout.total,
+    mc::host::launch(p.blocks, mc::kThreads, p.layout.total,
                      [&](int thread, int block) { mc::step<G>(p, thread, block); });
   }
 };
