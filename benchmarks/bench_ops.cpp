@@ -3,10 +3,10 @@
 //
 //   bench_ops [--benchmark_filter=...]
 //
-// Columns: us per call; GB/s of the bytes a call must read; read_share, those GB/s as a share of the
-// read bandwidth measured at the start of this run with the same threads; vs_stock, the time of the
-// stock graph measured just before, over this one. The experts change with every call, so that the
-// weights come from memory and not from a cache.
+// Columns: us per call; GB/s of the bytes a call must read; read_share, those GB/s as a share of
+// the read bandwidth measured at the start of this run with the same threads; vs_stock, the time of
+// the stock graph measured just before, over this one. The experts change with every call, so that
+// the weights come from memory and not from a cache.
 #include <benchmark/benchmark.h>
 
 #include <chrono>
@@ -56,7 +56,9 @@ struct Layer {
   std::vector<mx::array> indices;  // a cycle of choices that touches every expert
 
   explicit Layer(mx::Dtype dtype)
-      : dtype(dtype), gate(stack(kWidth, kHidden)), up(stack(kWidth, kHidden)),
+      : dtype(dtype),
+        gate(stack(kWidth, kHidden)),
+        up(stack(kWidth, kHidden)),
         down(stack(kHidden, kWidth)),
         x(mx::astype(mx::random::normal({1, kHidden}), dtype)),
         weights(mx::astype(mx::full({1, kTopK}, 0.125f), dtype)),
@@ -117,11 +119,11 @@ void experts(benchmark::State& state, mx::Dtype dtype, const char* mode) {
   const std::string kind = dtype == mx::bfloat16 ? "experts/bf16" : "experts/fp32";
   measure(state, kind, is_stock, l.bytes(), [&](size_t i) {
     const auto& chosen = l.indices[i % l.indices.size()];
-    return is_stock ? moefuse::stock::moe_experts(l.x, l.gate, l.up, l.down, chosen, l.weights,
-                                                  accumulate, kGroupSize, kBits)
-                    : moefuse::moe_gather_qmm_swiglu_downproj_combine(
-                          l.x, l.gate, l.up, l.down, chosen, l.weights, accumulate, kGroupSize,
-                          kBits);
+    return is_stock
+               ? moefuse::stock::moe_experts(l.x, l.gate, l.up, l.down, chosen, l.weights,
+                                             accumulate, kGroupSize, kBits)
+               : moefuse::moe_gather_qmm_swiglu_downproj_combine(
+                     l.x, l.gate, l.up, l.down, chosen, l.weights, accumulate, kGroupSize, kBits);
   });
 }
 
@@ -143,9 +145,8 @@ void router(benchmark::State& state, const char* mode) {
   moefuse::RouterOptions options;
   if (!is_stock) options.mode = moefuse::router_mode_from(mode);
   measure(state, "router", is_stock, 2.0 * kExperts, [&](size_t) {
-    return is_stock
-               ? moefuse::stock::moe_router(l.logits, kTopK, options, std::nullopt).second
-               : moefuse::moe_router_argpartition_logits_topk(l.logits, kTopK, options).second;
+    return is_stock ? moefuse::stock::moe_router(l.logits, kTopK, options, std::nullopt).second
+                    : moefuse::moe_router_argpartition_logits_topk(l.logits, kTopK, options).second;
   });
 }
 

@@ -72,7 +72,8 @@ mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::arr
 
 // The experts of a MoE block in one primitive: for every row of x [..., H] and each of its k
 // experts, silu(gate x) * (up x), then down, then the weighted sum over the k -> [..., D].
-// gate and up are [E, I, H], down is [E, D, I]; indices integer [..., k], weights [..., k], k <= 16.
+// gate and up are [E, I, H], down is [E, D, I]; indices integer [..., k], weights [..., k], k
+// <= 16.
 mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const QuantizedExperts& gate,
                                                  const QuantizedExperts& up,
                                                  const QuantizedExperts& down,

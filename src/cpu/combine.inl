@@ -31,9 +31,12 @@ void combine_columns(const CombineArgs& a, int begin, int end) {
 
 void combine(const CombineArgs& a, int begin, int end) {
   switch (a.steps) {
-    case CombineSteps::dtype: return combine_columns<CombineSteps::dtype>(a, begin, end);
-    case CombineSteps::fp32: return combine_columns<CombineSteps::fp32>(a, begin, end);
-    default: return combine_columns<CombineSteps::fp32_no_fma>(a, begin, end);
+    case CombineSteps::dtype:
+      return combine_columns<CombineSteps::dtype>(a, begin, end);
+    case CombineSteps::fp32:
+      return combine_columns<CombineSteps::fp32>(a, begin, end);
+    default:
+      return combine_columns<CombineSteps::fp32_no_fma>(a, begin, end);
   }
 }
 

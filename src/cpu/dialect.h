@@ -1,6 +1,7 @@
 // What differs between instruction sets: the dot product of bytes, the fused multiply-add, a
-// permutation, masked loads. Everything here gives the same bits on every one of them. The anonymous
-// namespace keeps the linker from merging functions that were compiled for different processors.
+// permutation, masked loads. Everything here gives the same bits on every one of them. The
+// anonymous namespace keeps the linker from merging functions that were compiled for different
+// processors.
 #pragma once
 
 #include <cstdint>
@@ -174,7 +175,8 @@ inline Vector load(const void* p) {
   return dtype == Dtype::bfloat16 ? widen_bfloat16(v) : widen_half(v);
 }
 
-[[maybe_unused]] inline void store_floats(void* array, Dtype dtype, int64_t first, int n, f32x16 v) {
+[[maybe_unused]] inline void store_floats(void* array, Dtype dtype, int64_t first, int n,
+                                          f32x16 v) {
   if (dtype == Dtype::float32) {
     memcpy((float*)array + first, &v, n == kLanes ? 64 : 4 * n);
     return;

@@ -20,7 +20,8 @@ std::vector<const Kernels*> available_kernels() {
     tables.push_back(&kKernels_avx512);
 #endif
 #ifdef MOEFUSE_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kKernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    tables.push_back(&kKernels_avx2);
 #endif
 #ifdef MOEFUSE_HAS_NEON
   tables.push_back(&kKernels_neon);

@@ -65,9 +65,12 @@ void exact_qmv_bits(const QuantizedMatrix& w, const void* x, void* y, int begin,
 
 void exact_qmv(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
   switch (w.dtype) {
-    case Dtype::float32: return exact_qmv_bits<Dtype::float32>(w, x, y, begin, end);
-    case Dtype::float16: return exact_qmv_bits<Dtype::float16>(w, x, y, begin, end);
-    case Dtype::bfloat16: return exact_qmv_bits<Dtype::bfloat16>(w, x, y, begin, end);
+    case Dtype::float32:
+      return exact_qmv_bits<Dtype::float32>(w, x, y, begin, end);
+    case Dtype::float16:
+      return exact_qmv_bits<Dtype::float16>(w, x, y, begin, end);
+    case Dtype::bfloat16:
+      return exact_qmv_bits<Dtype::bfloat16>(w, x, y, begin, end);
   }
 }
 
@@ -103,9 +106,12 @@ void exact_swiglu_typed(const void* gate, const void* up, void* out, int n) {
 
 void exact_swiglu(Dtype dtype, const void* gate, const void* up, void* out, int n) {
   switch (dtype) {
-    case Dtype::float32: return exact_swiglu_typed<Dtype::float32>(gate, up, out, n);
-    case Dtype::float16: return exact_swiglu_typed<Dtype::float16>(gate, up, out, n);
-    case Dtype::bfloat16: return exact_swiglu_typed<Dtype::bfloat16>(gate, up, out, n);
+    case Dtype::float32:
+      return exact_swiglu_typed<Dtype::float32>(gate, up, out, n);
+    case Dtype::float16:
+      return exact_swiglu_typed<Dtype::float16>(gate, up, out, n);
+    case Dtype::bfloat16:
+      return exact_swiglu_typed<Dtype::bfloat16>(gate, up, out, n);
   }
 }
 

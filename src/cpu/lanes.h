@@ -16,9 +16,15 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 
-[[maybe_unused]] inline f32x16 splat(float v) { return v - f32x16{}; }
-[[maybe_unused]] inline f32x16 as_float(u32x16 v) { return (f32x16)v; }
-[[maybe_unused]] inline u32x16 as_bits(f32x16 v) { return (u32x16)v; }
+[[maybe_unused]] inline f32x16 splat(float v) {
+  return v - f32x16{};
+}
+[[maybe_unused]] inline f32x16 as_float(u32x16 v) {
+  return (f32x16)v;
+}
+[[maybe_unused]] inline u32x16 as_bits(f32x16 v) {
+  return (u32x16)v;
+}
 
 // Round to nearest even on bfloat16's grid, kept as float. No test for NaN: the operands are
 // bfloat16 values, so a NaN's low half is zero and the carry cannot reach its exponent.

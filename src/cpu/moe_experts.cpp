@@ -14,7 +14,9 @@ namespace {
 // over the threads, long enough that a task's start costs nothing.
 constexpr int kBlock = 64;
 
-int64_t itemsize(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+int64_t itemsize(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : 2;
+}
 
 // Slots (one row's one expert) that share an expert, neighbours in the sorted order: their vectors
 // go through the expert's weights in one pass.
@@ -30,7 +32,8 @@ struct Slots {
 
   Slots(const uint32_t* expert, int n) : order(n), position(n) {
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [=](int a, int b) { return expert[a] < expert[b]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [=](int a, int b) { return expert[a] < expert[b]; });
     for (int p = 0; p < n; ++p) {
       position[order[p]] = p;
       if (p == 0 || expert[order[p]] != groups.back().expert)
@@ -44,9 +47,11 @@ struct Slots {
 class Vectors {
  public:
   Vectors(const Arithmetic& a, const QuantizedMatrix& w, Dtype dtype, int n)
-      : a_(a), w_(w), dtype_(dtype), raw_(int64_t(w.cols) * itemsize(dtype)),
-        bytes_(a.exact ? raw_
-                       : kernels().prepared_bytes(a.dot, w.cols, w.group_size, w.bits)),
+      : a_(a),
+        w_(w),
+        dtype_(dtype),
+        raw_(int64_t(w.cols) * itemsize(dtype)),
+        bytes_(a.exact ? raw_ : kernels().prepared_bytes(a.dot, w.cols, w.group_size, w.bits)),
         data_(n * bytes_ + 64) {}
 
   void set(int i, const void* x) {
@@ -86,10 +91,14 @@ class Vectors {
   std::vector<char> data_;
 };
 
-int blocks(int rows) { return (rows + kBlock - 1) / kBlock; }
+int blocks(int rows) {
+  return (rows + kBlock - 1) / kBlock;
+}
 
 // The dtype between the products: exact stays in the activation's, the fp32 modes in fp32.
-Dtype inner_dtype(const Arithmetic& a, Dtype dtype) { return a.exact ? dtype : Dtype::float32; }
+Dtype inner_dtype(const Arithmetic& a, Dtype dtype) {
+  return a.exact ? dtype : Dtype::float32;
+}
 
 void activate(const Arithmetic& a, Dtype dtype, char* gate, const char* up, int n) {
   if (a.exact) {
@@ -153,8 +162,8 @@ void moe_experts(const ExpertsArgs& args) {
   const Slots slots(args.indices, n);
   std::vector<int> row(n);
   for (int i = 0; i < n; ++i) row[i] = i / args.k;
-  const auto x = sorted_vectors(args.arithmetic, args.gate.first, args.dtype, slots, args.x,
-                                args.rows, row);
+  const auto x =
+      sorted_vectors(args.arithmetic, args.gate.first, args.dtype, slots, args.x, args.rows, row);
   const auto h = gate_up_swiglu(args.gate, args.up, args.arithmetic, args.dtype, slots, x);
 
   const Dtype inner = inner_dtype(args.arithmetic, args.dtype);
@@ -174,9 +183,10 @@ void moe_experts(const ExpertsArgs& args) {
     for (int r = 0; r < args.rows; ++r) {
       for (int i = 0; i < args.k; ++i)
         part[i] = y.data() + slots.position[r * args.k + i] * y_bytes;
-      kernels().combine({part.data(), args.weights + r * args.k,
-                         static_cast<char*>(args.out) + r * out_bytes, inner, args.dtype,
-                         args.combine, args.k}, begin, end);
+      kernels().combine(
+          {part.data(), args.weights + r * args.k, static_cast<char*>(args.out) + r * out_bytes,
+           inner, args.dtype, args.combine, args.k},
+          begin, end);
     }
   });
 }
@@ -192,8 +202,8 @@ void gather_qmm_swiglu(const GatherSwigluArgs& args) {
     rows = std::max(rows, row[i] + 1);
   }
   const Slots slots(expert.data(), n);
-  const auto x = sorted_vectors(args.arithmetic, args.gate.first, args.dtype, slots, args.x, rows,
-                                row);
+  const auto x =
+      sorted_vectors(args.arithmetic, args.gate.first, args.dtype, slots, args.x, rows, row);
   const auto h = gate_up_swiglu(args.gate, args.up, args.arithmetic, args.dtype, slots, x);
   const int width = args.gate.first.rows;
   const Dtype inner = inner_dtype(args.arithmetic, args.dtype);

@@ -36,11 +36,11 @@ void moe_experts(const ExpertsArgs& args);
 struct GatherSwigluArgs {
   ExpertStack gate, up;
   Arithmetic arithmetic;
-  Dtype dtype;              // of x and out
-  const void* x;            // [matrices, m, gate.cols]
-  const uint32_t* matrix;   // [batches], which matrix of x
-  const uint32_t* expert;   // [batches]
-  void* out;                // [batches, m, gate.rows]
+  Dtype dtype;             // of x and out
+  const void* x;           // [matrices, m, gate.cols]
+  const uint32_t* matrix;  // [batches], which matrix of x
+  const uint32_t* expert;  // [batches]
+  void* out;               // [batches, m, gate.rows]
   int batches, m;
 };
 void gather_qmm_swiglu(const GatherSwigluArgs& args);

@@ -59,8 +59,8 @@ void check_quantization(const std::string& op, int group_size, int bits) {
     fail(op, "group_size", "32, 64 or 128", std::to_string(group_size));
 }
 
-ExpertShape check_experts(const std::string& op, const std::string& what,
-                          const QuantizedExperts& w, mx::Dtype dtype, int group_size, int bits) {
+ExpertShape check_experts(const std::string& op, const std::string& what, const QuantizedExperts& w,
+                          mx::Dtype dtype, int group_size, int bits) {
   check_dtype(op, what + ".weight", w.weight, mx::uint32);
   check_dtype(op, what + ".scales", w.scales, dtype);
   check_dtype(op, what + ".biases", w.biases, dtype);
@@ -90,10 +90,10 @@ cpu::Dtype cpu_dtype(mx::Dtype dtype) {
 cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int at, int group_size,
                               int bits) {
   auto &weight = inputs[at], &scales = inputs[at + 1], &biases = inputs[at + 2];
-  return {{weight.data<uint32_t>(), scales.data<char>(), biases.data<char>(),
-           cpu_dtype(scales.dtype()), weight.shape(1), weight.shape(2) * (32 / bits), group_size,
-           bits},
-          weight.shape(0)};
+  return {
+      {weight.data<uint32_t>(), scales.data<char>(), biases.data<char>(), cpu_dtype(scales.dtype()),
+       weight.shape(1), weight.shape(2) * (32 / bits), group_size, bits},
+      weight.shape(0)};
 }
 
 // The grid is finer than bfloat16 and float16 activations need and coarser than float32's own.
@@ -127,7 +127,9 @@ std::map<std::string, int64_t> op_counters() {
   return counters();
 }
 
-std::string cpu_isa() { return cpu::kernels().isa; }
+std::string cpu_isa() {
+  return cpu::kernels().isa;
+}
 
 namespace {
 template <class Enum, size_t n>
@@ -161,9 +163,12 @@ RouterMode router_mode_from(const std::string& name) {
 
 std::string to_string(Accumulate accumulate) {
   switch (accumulate) {
-    case Accumulate::exact: return "exact";
-    case Accumulate::fp32_no_fma: return "fp32_no_fma";
-    default: return "fp32";
+    case Accumulate::exact:
+      return "exact";
+    case Accumulate::fp32_no_fma:
+      return "fp32_no_fma";
+    default:
+      return "fp32";
   }
 }
 

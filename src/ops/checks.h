@@ -32,8 +32,8 @@ void check_quantization(const std::string& op, int group_size, int bits);
 struct ExpertShape {
   int experts, rows, cols;
 };
-ExpertShape check_experts(const std::string& op, const std::string& what,
-                          const QuantizedExperts& w, mx::Dtype dtype, int group_size, int bits);
+ExpertShape check_experts(const std::string& op, const std::string& what, const QuantizedExperts& w,
+                          mx::Dtype dtype, int group_size, int bits);
 
 // The array itself where it is known to be row contiguous, else a node that makes it so.
 mx::array row_contiguous(const mx::array& a, mx::StreamOrDevice s);

@@ -21,17 +21,16 @@ class GatherQmmSwiglu : public mx::UnaryPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     count(kOp, to_string(accumulate_));
-    const cpu::GatherSwigluArgs args = {
-        .gate = expert_stack(inputs, 3, group_size_, bits_),
-        .up = expert_stack(inputs, 6, group_size_, bits_),
-        .arithmetic = cpu_arithmetic(accumulate_, out.dtype()),
-        .dtype = cpu_dtype(out.dtype()),
-        .x = inputs[0].data<char>(),
-        .matrix = inputs[1].data<uint32_t>(),
-        .expert = inputs[2].data<uint32_t>(),
-        .out = out.data<char>(),
-        .batches = static_cast<int>(inputs[1].size()),
-        .m = inputs[0].shape(1)};
+    const cpu::GatherSwigluArgs args = {.gate = expert_stack(inputs, 3, group_size_, bits_),
+                                        .up = expert_stack(inputs, 6, group_size_, bits_),
+                                        .arithmetic = cpu_arithmetic(accumulate_, out.dtype()),
+                                        .dtype = cpu_dtype(out.dtype()),
+                                        .x = inputs[0].data<char>(),
+                                        .matrix = inputs[1].data<uint32_t>(),
+                                        .expert = inputs[2].data<uint32_t>(),
+                                        .out = out.data<char>(),
+                                        .batches = static_cast<int>(inputs[1].size()),
+                                        .m = inputs[0].shape(1)};
     const int matrices = inputs[0].shape(0);
     mx::cpu::get_command_encoder(stream()).dispatch([args, matrices] {
       check_indices("gather_qmm_swiglu, lhs", args.matrix, args.batches, matrices);
@@ -61,13 +60,14 @@ mx::array batch_indices(const mx::Shape& batch, mx::StreamOrDevice s) {
   return mx::reshape(mx::arange(0, n, mx::uint32, s), batch, s);
 }
 
-mx::Shape batch_of(const mx::array& a) { return {a.shape().begin(), a.shape().end() - 2}; }
+mx::Shape batch_of(const mx::array& a) {
+  return {a.shape().begin(), a.shape().end() - 2};
+}
 
 }  // namespace
 
 mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
-                            const QuantizedExperts& up,
-                            const std::optional<mx::array>& lhs_indices,
+                            const QuantizedExperts& up, const std::optional<mx::array>& lhs_indices,
                             const std::optional<mx::array>& rhs_indices, bool transpose,
                             int group_size, int bits, const std::string& mode,
                             Accumulate accumulate, mx::StreamOrDevice s) {
@@ -98,13 +98,13 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
   auto flat = [&](const mx::array& a) {
     return row_contiguous(mx::reshape(mx::astype(a, mx::uint32, s), {-1}, s), s);
   };
-  return mx::array(shape, x.dtype(),
-                   std::make_shared<GatherQmmSwiglu>(mx::to_stream(s), accumulate, group_size,
-                                                     bits),
-                   {row_contiguous(mx::reshape(x, {-1, m, g.cols}, s), s), flat(pair[0]),
-                    flat(pair[1]), row_contiguous(gate.weight, s), row_contiguous(gate.scales, s),
-                    row_contiguous(gate.biases, s), row_contiguous(up.weight, s),
-                    row_contiguous(up.scales, s), row_contiguous(up.biases, s)});
+  return mx::array(
+      shape, x.dtype(),
+      std::make_shared<GatherQmmSwiglu>(mx::to_stream(s), accumulate, group_size, bits),
+      {row_contiguous(mx::reshape(x, {-1, m, g.cols}, s), s), flat(pair[0]), flat(pair[1]),
+       row_contiguous(gate.weight, s), row_contiguous(gate.scales, s),
+       row_contiguous(gate.biases, s), row_contiguous(up.weight, s), row_contiguous(up.scales, s),
+       row_contiguous(up.biases, s)});
 }
 
 }  // namespace moefuse

@@ -20,9 +20,8 @@ class MoeCombine : public mx::UnaryPrimitive {
     count(kOp, to_string(accumulate_));
     mx::cpu::get_command_encoder(stream()).dispatch(
         [y = mx::array::unsafe_weak_copy(inputs[0]), weights = inputs[1].data<float>(),
-         out = mx::array::unsafe_weak_copy(out), steps = steps()]() mutable {
-          run(y, weights, out.data<char>(), steps);
-        });
+         out = mx::array::unsafe_weak_copy(out),
+         steps = steps()]() mutable { run(y, weights, out.data<char>(), steps); });
   }
 
   void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
@@ -49,8 +48,8 @@ class MoeCombine : public mx::UnaryPrimitive {
     std::vector<const void*> part(k);
     for (int64_t r = 0; r < rows; ++r) {
       for (int i = 0; i < k; ++i) part[i] = y.data<char>() + (r * k + i) * row_bytes;
-      cpu::kernels().combine({part.data(), weights + r * k, out + r * row_bytes, dtype, dtype,
-                              steps, k}, 0, columns);
+      cpu::kernels().combine(
+          {part.data(), weights + r * k, out + r * row_bytes, dtype, dtype, steps, k}, 0, columns);
     }
   }
 
@@ -72,8 +71,7 @@ mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::arr
   if (accumulate == Accumulate::exact && y.dtype() != weights.dtype())
     accumulate = Accumulate::fp32_no_fma;  // the promoted dtype is fp32: the same bits
   return mx::array(shape, y.dtype(), std::make_shared<MoeCombine>(mx::to_stream(s), accumulate),
-                   {row_contiguous(y, s),
-                    row_contiguous(mx::astype(weights, mx::float32, s), s)});
+                   {row_contiguous(y, s), row_contiguous(mx::astype(weights, mx::float32, s), s)});
 }
 
 }  // namespace moefuse

@@ -34,19 +34,18 @@ class MoeExperts : public mx::UnaryPrimitive {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     count(kOp, to_string(setup_.accumulate));
     const int group_size = setup_.group_size, bits = setup_.bits, k = inputs[1].shape(-1);
-    const cpu::ExpertsArgs args = {
-        .gate = expert_stack(inputs, 3, group_size, bits),
-        .up = expert_stack(inputs, 6, group_size, bits),
-        .down = expert_stack(inputs, 9, group_size, bits),
-        .arithmetic = cpu_arithmetic(setup_.accumulate, out.dtype()),
-        .combine = combine_steps(setup_),
-        .dtype = cpu_dtype(out.dtype()),
-        .x = inputs[0].data<char>(),
-        .indices = inputs[1].data<uint32_t>(),
-        .weights = inputs[2].data<float>(),
-        .out = out.data<char>(),
-        .rows = static_cast<int>(inputs[1].size() / k),
-        .k = k};
+    const cpu::ExpertsArgs args = {.gate = expert_stack(inputs, 3, group_size, bits),
+                                   .up = expert_stack(inputs, 6, group_size, bits),
+                                   .down = expert_stack(inputs, 9, group_size, bits),
+                                   .arithmetic = cpu_arithmetic(setup_.accumulate, out.dtype()),
+                                   .combine = combine_steps(setup_),
+                                   .dtype = cpu_dtype(out.dtype()),
+                                   .x = inputs[0].data<char>(),
+                                   .indices = inputs[1].data<uint32_t>(),
+                                   .weights = inputs[2].data<float>(),
+                                   .out = out.data<char>(),
+                                   .rows = static_cast<int>(inputs[1].size() / k),
+                                   .k = k};
     mx::cpu::get_command_encoder(stream()).dispatch([args] {
       check_indices(kOp, args.indices, int64_t(args.rows) * args.k, args.gate.experts);
       cpu::moe_experts(args);
@@ -77,8 +76,9 @@ void check_geometry(const mx::array& x, const QuantizedExperts& gate, const Quan
   if (shape(u) != shape(g))
     fail(kOp, "up", "gate's geometry " + describe(shape(g)), describe(shape(u)));
   if (d.experts != g.experts || d.cols != g.rows)
-    fail(kOp, "down", "geometry [" + std::to_string(g.experts) + ", D, " +
-         std::to_string(g.rows) + "]", describe(shape(d)));
+    fail(kOp, "down",
+         "geometry [" + std::to_string(g.experts) + ", D, " + std::to_string(g.rows) + "]",
+         describe(shape(d)));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The public ops: fp32 modes inside a computed bound of an fp64 oracle, errors that name the tensor.
-// Identity with stock MLX in `exact` is tests/python/test_ops.py.
+// The public ops: fp32 modes inside a computed bound of an fp64 oracle, errors that name the
+// tensor. Identity with stock MLX in `exact` is tests/python/test_ops.py.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -38,7 +38,9 @@ std::vector<T> read(const mx::array& a, mx::Dtype dtype) {
   copy.eval();
   return {copy.data<T>(), copy.data<T>() + copy.size()};
 }
-std::vector<float> floats(const mx::array& a) { return read<float>(a, mx::float32); }
+std::vector<float> floats(const mx::array& a) {
+  return read<float>(a, mx::float32);
+}
 
 struct Problem {
   mx::Dtype dtype;
@@ -48,14 +50,22 @@ struct Problem {
 
   Problem(mx::Dtype dtype, int rows, int experts, int k, int hidden, int width, int group_size,
           int bits, uint64_t seed)
-      : dtype(dtype), rows(rows), experts(experts), k(k), hidden(hidden), width(width),
-        group_size(group_size), bits(bits),
+      : dtype(dtype),
+        rows(rows),
+        experts(experts),
+        k(k),
+        hidden(hidden),
+        width(width),
+        group_size(group_size),
+        bits(bits),
         x(mx::astype(mx::random::normal({rows, hidden}, mx::float32, 0, 1, mx::random::key(seed)),
                      dtype)),
         indices(mx::random::randint(0, experts, {rows, k}, mx::uint32, mx::random::key(seed + 1))),
-        weights(mx::astype(mx::random::uniform(0.0f, 1.0f, {rows, k}, mx::float32,
-                                               mx::random::key(seed + 2)), dtype)),
-        gate(stack(width, hidden, seed + 3)), up(stack(width, hidden, seed + 4)),
+        weights(mx::astype(
+            mx::random::uniform(0.0f, 1.0f, {rows, k}, mx::float32, mx::random::key(seed + 2)),
+            dtype)),
+        gate(stack(width, hidden, seed + 3)),
+        up(stack(width, hidden, seed + 4)),
         down(stack(hidden, width, seed + 5)) {}
 
   QuantizedExperts stack(int n, int cols, uint64_t seed) const {
@@ -65,8 +75,13 @@ struct Problem {
     return {q[0], q[1], q[2]};
   }
   Matrix matrix(const QuantizedExperts& w) const {
-    return {read<uint32_t>(w.weight, mx::uint32), floats(w.scales), floats(w.biases),
-            w.weight.shape(1), w.weight.shape(2) * 32 / bits, group_size, bits};
+    return {read<uint32_t>(w.weight, mx::uint32),
+            floats(w.scales),
+            floats(w.biases),
+            w.weight.shape(1),
+            w.weight.shape(2) * 32 / bits,
+            group_size,
+            bits};
   }
   mx::array run(Accumulate accumulate) const {
     return moe_gather_qmm_swiglu_downproj_combine(x, gate, up, down, indices, weights, accumulate,
@@ -173,7 +188,9 @@ class Experts : public ::testing::TestWithParam<std::tuple<mx::Dtype, Accumulate
 
 TEST_P(Experts, LieInsideTheBoundOfTheOracle) {
   const auto [dtype, accumulate] = GetParam();
-  struct Shape { int rows, experts, k, hidden, width, group_size, bits; };
+  struct Shape {
+    int rows, experts, k, hidden, width, group_size, bits;
+  };
   for (const Shape& s : {Shape{1, 8, 8, 128, 64, 64, 4}, Shape{3, 4, 2, 192, 96, 32, 4},
                          Shape{8, 5, 3, 128, 128, 128, 4}, Shape{2, 6, 4, 64, 192, 64, 8},
                          Shape{1, 16, 16, 96, 32, 32, 8}}) {
@@ -252,16 +269,26 @@ TEST(Errors, NameTheTensorWhatWasExpectedAndWhatCame) {
             op + "gate.scales: expected bfloat16, got float32");
   EXPECT_EQ(broken([](Problem& q) { q.up = q.down; }),
             op + "up: expected gate's geometry [6, 64, 128], got [6, 128, 64]");
-  EXPECT_EQ(broken([](Problem& q) { q.x = mx::zeros({2, 64}, mx::bfloat16); }),
+  EXPECT_EQ(broken([](Problem& q) {
+              q.x = mx::zeros({2, 64}, mx::bfloat16);
+            }),
             op + "x: expected a last axis of gate's K 128, got [2, 64]");
-  EXPECT_EQ(broken([](Problem& q) { q.weights = mx::zeros({2, 3}, mx::bfloat16); }),
+  EXPECT_EQ(broken([](Problem& q) {
+              q.weights = mx::zeros({2, 3}, mx::bfloat16);
+            }),
             op + "weights: expected shape [2, 4], got [2, 3]");
   EXPECT_EQ(broken([](Problem& q) { q.bits = 3; }), op + "bits: expected 4 or 8, got 3");
-  EXPECT_EQ(broken([](Problem& q) { q.indices = mx::full({2, 4}, 6, mx::uint32); }),
+  EXPECT_EQ(broken([](Problem& q) {
+              q.indices = mx::full({2, 4}, 6, mx::uint32);
+            }),
             op + "indices[0]: expected less than 6, got 6");
-  EXPECT_EQ(broken([](Problem& q) { q.indices = mx::full({2, 4}, -1, mx::int32); }),
+  EXPECT_EQ(broken([](Problem& q) {
+              q.indices = mx::full({2, 4}, -1, mx::int32);
+            }),
             op + "indices[0]: expected less than 6, got -1");
-  EXPECT_EQ(message([] { moe_router_argpartition_logits_topk(mx::zeros({2, 4}), 5); }),
+  EXPECT_EQ(message([] {
+              moe_router_argpartition_logits_topk(mx::zeros({2, 4}), 5);
+            }),
             "[moe_router_argpartition_logits_topk] k: expected at most the 4 experts, got 5");
   EXPECT_EQ(message([] { accumulate_from("double"); }),
             "[moefuse] accumulate: expected one of 'exact', 'fp32_no_fma', 'fp32', got 'double'");
@@ -276,12 +303,10 @@ TEST(Errors, AFailedEvaluationLeavesTheStreamUsable) {
 }
 
 TEST(Counters, GrowWithEveryEvaluation) {
-  auto count = [] {
-    return op_counters()["moe_combine_weighted_sum_fp32_no_fma/fp32"];
-  };
+  auto count = [] { return op_counters()["moe_combine_weighted_sum_fp32_no_fma/fp32"]; };
   const auto before = count();
-  auto out = moe_combine_weighted_sum_fp32_no_fma(mx::ones({2, 8}), mx::ones({2}),
-                                                  Accumulate::fp32);
+  auto out =
+      moe_combine_weighted_sum_fp32_no_fma(mx::ones({2, 8}), mx::ones({2}), Accumulate::fp32);
   EXPECT_EQ(count(), before);  // lazy: nothing ran yet
   out.eval();
   EXPECT_EQ(count(), before + 1);
