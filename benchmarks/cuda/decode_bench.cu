@@ -207,10 +207,13 @@ void time_stages(const Model& model, int position) {
   const auto cycles = step.timeline();
   double all = 0;
   for (long long c : cycles) all += static_cast<double>(c);
-  std::printf("\nstages of block 0 at context %d, us a token (a layer), scaled to %.4f ms\n", position, ms);
+  std::printf("\nstages of block 0 at context %d, us a layer (lm_head and embed: a token), scaled to %.4f ms\n", position, ms);
   for (int s = 0; s < mc::kStages; ++s) {
-    const double us = cycles[s] / all * ms * 1e3;
-    std::printf("  %-18s %8.2f  (%.2f)\n", mc::kStageNames[s], us, s < mc::kLmHead ? us / layers : us);
+    double us[mc::kParts], sum = 0;
+    const double unit = ms * 1e3 / all / (s < mc::kLmHead ? layers : 1);
+    for (int i = 0; i < mc::kParts; ++i) sum += us[i] = cycles[s * mc::kParts + i] * unit;
+    std::printf("  %-18s %7.2f   input %5.2f weights %5.2f products %5.2f end %5.2f\n",
+                mc::kStageNames[s], sum, us[0], us[1], us[2], us[3]);
   }
 }
 

@@ -16,22 +16,25 @@ MOEFUSE_DEVICE HeadGain load_head_gain(const Warp& c, const Layer& layer, int he
   return {gain[c.lane], gain[32 + c.lane], reinterpret_cast<const float4*>(rope)[c.lane]};
 }
 
-// hidden -> qkv, bf16. next: the layer whose weights may take the place of this one's, or null
+// hidden -> qkv, bf16; then, if there is `more`, the next layer's weights may take the place
 template <class G>
-MOEFUSE_DEVICE void qkv_stage(Warp& c, const Layer* next, uint4 gain) {
+MOEFUSE_DEVICE void qkv_stage(Warp& c, int index, bool more, uint4 gain) {
   constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices;
   const int slice = c.warp % kSlices, tiles = c.s.qkv.end - c.s.qkv.begin, rows = tiles * kTileRows;
   float v[8];
   poll_slice(c, read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2), slice, kQkv, v);
+  mark(c, kQkv, kInput);
   const float ssq = apply_gain(v, gain);
   if (c.warp < kSlices && c.lane == 0) c.s.ssq[0][slice] = ssq;
   Fragment f;
   make_fragment(f, c.slice(), v, c.lane);
   wait(c, &c.s.full_qkv, c.layers, kQkv);
+  mark(c, kQkv, kWeights);
   const Run run{c.shared + c.p.layout.qkv, tiles};
-  run_products<G::kHidden, 3>(run, c.warp / kSlices, kStep, slice, f, c.red(), c.lane);
+  run_products<G::kHidden>(run, c.warp / kSlices, kStep, slice, f, c.red(), c.lane);
   block_sync();
-  if (next != nullptr && c.warp == kWarps - 1) load_qkv<G>(c, *next);
+  mark(c, kQkv, kProducts);
+  if (more && c.warp == kWarps - 1) load_qkv<G>(c, 1, index);
   const int r = 2 * c.thread;
   if (r < rows) {
     const float n = norm_factor<kSlices>(c.s.ssq[0], G::kHidden, c.p.eps);
@@ -47,7 +50,7 @@ struct AttentionScratch {
   uint16_t query[8][128];
   float score[2][kKvGroup + 16][8];
   float sum[4][8], maximum[8];
-  float part[4][8][128];
+  float part[4][8][132];  // column d at d + d / 32: rows are written in strides of 8
 };
 
 // Norm and rotation of one head, two pairs a lane: (2 l, 2 l + 1) and the same 64 further on.
@@ -150,6 +153,7 @@ MOEFUSE_DEVICE void weigh_values(const Warp& c, Accumulator& a, const uint8_t* v
       valid ? fast_exp(score[mine][head + half] - (half ? a.maximum[1] : a.maximum[0])) : 0.f;
   a.sum += p;
   const uint8_t* column = values + 16 * (c.lane & 15);
+#pragma unroll 1
   for (int j = half; 4 * (j - half) + quarter < count; j += 2) {
     const int token = quarter + 4 * j;
     uint4 value = make_uint4(0, 0, 0, 0);
@@ -174,7 +178,7 @@ MOEFUSE_DEVICE void publish_partial(Warp& c, Accumulator& acc, AttentionScratch&
   for (int i = 0; i < 8; ++i) {
     acc.o[0][i] += shuffle_xor(acc.o[0][i], 16);
     acc.o[1][i] += shuffle_xor(acc.o[1][i], 16);
-    a.part[quarter][head + half][8 * (c.lane & 15) + i] = half ? acc.o[1][i] : acc.o[0][i];
+    a.part[quarter][head + half][8 * (c.lane & 15) + (c.lane & 15) / 4 + i] = half ? acc.o[1][i] : acc.o[0][i];
   }
   if ((c.lane & 15) == 0) {
     a.sum[quarter][head + half] = acc.sum;
@@ -185,7 +189,8 @@ MOEFUSE_DEVICE void publish_partial(Warp& c, Accumulator& acc, AttentionScratch&
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int at = c.thread + i * kThreads;
-    const float o = (part[at] + part[at + 1024]) + (part[at + 2048] + part[at + 3072]);
+    const float* from = part + at / 128 * 132 + at % 128 + at % 128 / 32;
+    const float o = (from[0] + from[1056]) + (from[2112] + from[3168]);
     publish(c.p.x.partial, c.clock, kv_heads * kSplits * 1024, 1,
             (span.head * kSplits + span.split) * 1024 + at, as_bits(o));
   }
@@ -208,7 +213,9 @@ MOEFUSE_DEVICE void attention_stage(Warp& c, const Layer& layer, const HeadGain&
     prepare_heads<G>(c, layer, span, gain, a,
                      slots + (c.kv_uses + span.groups - 1) % kKvSlots * bytes);
     block_sync();
+    mark(c, kAttention, kInput);
     Accumulator acc{{}, {-INFINITY, -INFINITY}, 0.f};
+#pragma unroll 1
     for (int i = 0; i < span.groups; ++i, ++c.kv_uses) {
       const int left = span.end - span.begin - i * kKvGroup, at = c.kv_uses % kKvSlots;
       const int count = left < kKvGroup ? left : kKvGroup;
@@ -219,12 +226,14 @@ MOEFUSE_DEVICE void attention_stage(Warp& c, const Layer& layer, const HeadGain&
         score_tile(c, a, keys, a.score[i & 1], c.warp);
       }
       block_sync();
+      mark(c, kAttention, kWeights);
       // every warp has left the group before this one, so its slot is free
       if (i > 0 && i + 1 < span.groups && c.warp == kWarps - 1) {
         load_kv<G>(c, layer, span, i + 1, c.kv_uses + 1);
       }
       weigh_values(c, acc, keys + (kKvGroup + 1) * 256, a.score[i & 1], count, fresh);
     }
+    mark(c, kAttention, kProducts);
     publish_partial(c, acc, a, span, G::kKvHeads);
   }
   stage_done(c, kAttention);
@@ -234,6 +243,7 @@ MOEFUSE_DEVICE void attention_stage(Warp& c, const Layer& layer, const HeadGain&
 template <class G>
 MOEFUSE_DEVICE void combine_stage(Warp& c) {
   constexpr int kShare = kSplits / kWarps, kTasks = G::kQHeads * 4;
+#pragma unroll 1
   for (int task = c.block; task < kTasks; task += c.p.blocks) {
     const int head = task / 4, dim = task % 4 * 32;
     float m = -INFINITY, sum = 0.f, out = 0.f;
@@ -251,6 +261,7 @@ MOEFUSE_DEVICE void combine_stage(Warp& c) {
     poll(c, slot(c.p.x.partial, c.clock, G::kKvHeads * kSplits * 1024, 1, 0) +
                 (static_cast<size_t>(head / 8) * kSplits + first) * 1024 + head % 8 * 128 + dim +
                 c.lane, stride, kCombine, word);
+    mark(c, kCombine, kInput);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) out += shuffle(share, c.warp * kShare + i) * as_float(word[i]);
     c.s.combine[c.warp][c.lane] = out;
@@ -278,12 +289,15 @@ MOEFUSE_DEVICE void output_stage(Warp& c) {
   }
   float v[8];
   poll_slice(c, read_slot(c, c.p.x.context, c.clock, G::kContext / 2), slice, kOutput, v);
+  mark(c, kOutput, kInput);
   Fragment f;
   make_fragment(f, c.slice(), v, c.lane);
   wait(c, &c.s.full_dense, c.layers, kOutput);
+  mark(c, kOutput, kWeights);
   const Run run{c.shared + c.p.layout.dense, tiles};
-  run_products<G::kContext, 2>(run, c.warp / kSlices, kStep, slice, f, c.red(), c.lane);
+  run_products<G::kContext>(run, c.warp / kSlices, kStep, slice, f, c.red(), c.lane);
   block_sync();
+  mark(c, kOutput, kProducts);
   if (r < rows) {
     const uint32_t word =
         pack_bf16(bf16_low(residual) + sum_slices<kSlices>(c.red() + r, rows),

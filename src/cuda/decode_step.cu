@@ -132,8 +132,8 @@ std::vector<int> DecodeStep<G>::sampled(cudaStream_t stream) {
 
 template <class G>
 std::vector<long long> DecodeStep<G>::timeline() {
-  std::vector<long long> cycles(kStages);
-  const size_t bytes = kStages * sizeof(long long);
+  std::vector<long long> cycles(int{kStages} * int{kParts});
+  const size_t bytes = cycles.size() * sizeof(long long);
   if (!params_.timeline) {
     params_.timeline = static_cast<long long*>(device(bytes, 0));
     return cycles;

@@ -41,7 +41,7 @@ class DecodeStep {
 
   const StepParams& params() const { return params_; }
   float* logits() const { return params_.logits; }  // [vocab] fp32 on the device, the last token's
-  // Cycles of block 0 in each stage since the last call; the first call only switches it on.
+  // Cycles of block 0 in each part of each stage, [kStages][kParts], since the last call; the first call only switches it on.
   std::vector<long long> timeline();
 
   static constexpr int kMaxTokens = 256;

@@ -116,13 +116,17 @@ MOEFUSE_DEVICE void forget(int& v) { asm volatile("" : "+r"(v)); }
 // ---- waits end: a wait of seconds is a fault, never a hang. `since` starts at 0; the code names
 // the stage.
 constexpr unsigned kSpinCycles = 3u << 30;
-MOEFUSE_DEVICE void spin(unsigned& since, unsigned* fault, unsigned code) {
-  const unsigned now = static_cast<unsigned>(clock64()) | 1u;
-  if (since == 0) since = now;
-  if (now - since < kSpinCycles) return;
+static __device__ __noinline__ void stop(unsigned* fault, unsigned code) {
   *reinterpret_cast<volatile unsigned*>(fault) = code;
   __threadfence_system();
   __trap();
+}
+MOEFUSE_DEVICE void spin(unsigned& since, unsigned* fault, unsigned code) {
+  unsigned now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+  now |= 1u;
+  if (since == 0) since = now;
+  if (now - since >= kSpinCycles) stop(fault, code);
 }
 
 // ---- mbarriers: `arrivals` arrivals, plus the bytes announced, complete a phase

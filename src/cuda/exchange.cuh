@@ -6,6 +6,10 @@
 #include "quantized_gemv.cuh"
 #include "step.h"
 
+#ifndef MOEFUSE_TIMELINE
+#define MOEFUSE_TIMELINE 0  // 1: cycles of every stage; the marks cost a few percent
+#endif
+
 namespace moefuse::cuda {
 
 // Fixed part of shared memory. The first barriers complete once a layer, the last ones once a use.
@@ -13,8 +17,9 @@ struct Control {
   uint64_t full_qkv, full_dense, full_down, full_item[kMaxItems];
   uint64_t full_kv[kKvSlots], full_lm[kWarps];
   uint64_t best[kWarps];
+  Layer layer[3];  // this one's pointers and the next two's: an address must never wait for DRAM
   int expert[8];
-  float score[8], ssq[2][kWarps], combine[kWarps][32];
+  float score[8], weight[8], ssq[2][kWarps], combine[kWarps][32];
   Range qkv, output, router, items;  // this block's tiles, rows and tile pairs
 };
 
@@ -34,6 +39,7 @@ struct Warp {
   MOEFUSE_DEVICE float* red() const {
     return reinterpret_cast<float*>(shared + p.layout.red) + (flip & 1) * p.layout.red_floats;
   }
+  MOEFUSE_DEVICE Layer& layer(int ahead) const { return s.layer[(layers + ahead) % 3]; }
   MOEFUSE_DEVICE int hidden_clock() const { return clock + sampled; }
   MOEFUSE_DEVICE unsigned code(int stage) const { return (layers << 8 | stage) + 1; }
 };
@@ -59,6 +65,7 @@ MOEFUSE_DEVICE void load_shared(uint4& v, const uint32_t* p) { v = load_shared_q
 template <class T, int N>
 MOEFUSE_DEVICE void poll(const Warp& c, const uint32_t* p, int stride, Stage stage, T (&v)[N]) {
   unsigned since = 0;
+#pragma unroll 1
   for (;;) {
     int missing = -1;
 #pragma unroll
@@ -83,7 +90,9 @@ MOEFUSE_DEVICE uint32_t* slot(uint32_t* ring, int clock, int words, int replicas
   return ring + ((clock & (kRing - 1)) * replicas + replica) * static_cast<size_t>(words);
 }
 MOEFUSE_DEVICE void publish(uint32_t* ring, int clock, int words, int replicas, int at, uint32_t v) {
+#pragma unroll 1
   for (int r = 0; r < replicas; ++r) store_shared_word(slot(ring, clock, words, replicas, r) + at, v);
+#pragma unroll 1
   for (int r = 0; r < replicas; ++r) {
     store_shared_word(slot(ring, clock + 2, words, replicas, r) + at, kEmpty);
   }
@@ -92,14 +101,19 @@ MOEFUSE_DEVICE const uint32_t* read_slot(const Warp& c, uint32_t* ring, int cloc
   return slot(ring, clock, words, kReplicas, c.block & (kReplicas - 1));
 }
 
-// cycles since the last stage, for the first block's first warp only
-MOEFUSE_DEVICE void stage_done(Warp& c, Stage stage) {
-  ++c.flip;
-  forget(c.lane), forget(c.warp), forget(c.thread), forget(c.block);
+// Cycles since the last mark, for the first block's first warp only: a stage's input, its weights,
+// its products, its end.
+MOEFUSE_DEVICE void mark(Warp& c, Stage stage, Part part) {
+  if (!MOEFUSE_TIMELINE) return;
   if (c.p.timeline == nullptr || c.block != 0 || c.thread != 0) return;
   const long long now = cycles();
-  c.p.timeline[stage] += now - c.since;
+  c.p.timeline[stage * kParts + part] += now - c.since;
   c.since = now;
+}
+MOEFUSE_DEVICE void stage_done(Warp& c, Stage stage) {
+  mark(c, stage, kEnd);
+  ++c.flip;
+  forget(c.lane), forget(c.warp), forget(c.thread), forget(c.block);
 }
 
 // A slice of a published bf16 vector, 8 values a lane.

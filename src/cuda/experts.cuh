@@ -30,16 +30,19 @@ MOEFUSE_DEVICE void router_stage(Warp& c, uint4 gain, Fragment& f) {
   const int slice = c.warp % kSlices, rows = c.s.router.end - c.s.router.begin;
   float v[8];
   poll_slice(c, read_slot(c, c.p.x.middle, c.clock, G::kHidden / 2), slice, kRouter, v);
+  mark(c, kRouter, kInput);
   const float ssq = apply_gain(v, gain);
   if (c.warp < kSlices && c.lane == 0) c.s.ssq[1][slice] = ssq;
   const uint8_t* weights = c.shared + c.p.layout.dense +
                            (c.s.output.end - c.s.output.begin) * tile_bytes(G::kContext);
+#pragma unroll 1
   for (int r = c.warp / kSlices; r < rows; r += kStep) {
     const float y =
         warp_sum(router_row<G::kHidden>(weights, rows, r, slice * kSlice + 8 * c.lane, v));
     if (c.lane == 0) c.red()[slice * rows + r] = y;
   }
   block_sync();
+  mark(c, kRouter, kProducts);
   if (c.thread < rows) {
     const float y = sum_slices<kSlices>(c.red() + c.thread, rows) *
                     norm_factor<kSlices>(c.s.ssq[1], G::kHidden, c.p.eps);
@@ -63,10 +66,11 @@ MOEFUSE_DEVICE void select_stage(Warp& c, const Layer& layer) {
   }
   release_to_copies();  // attention's scratch and the new KV row become copy targets
   block_sync();
+  mark(c, kSelect, kInput);
   uint32_t key[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) key[i] = sortable(logits[32 * i + c.lane]);
-#pragma unroll
+#pragma unroll 2
   for (int j = 0; j < kShare; ++j) {
     const int expert = c.warp * kShare + j;
     const uint32_t mine = sortable(logits[expert]);
@@ -82,27 +86,39 @@ MOEFUSE_DEVICE void select_stage(Warp& c, const Layer& layer) {
     }
   }
   block_sync();
-  load_experts<G>(c, layer);
+  mark(c, kSelect, kProducts);
+  load_gate_up<G>(c, layer);
+  if (c.warp == 0) {
+    const float e = c.lane < G::kTopK ? fast_exp(c.s.score[c.lane % 8] - c.s.score[0]) : 0.f;
+    const float total = warp_sum(e);
+    if (c.lane < G::kTopK) c.s.weight[c.lane] = e / total;
+  }
   stage_done(c, kSelect);
 }
 
-// half of the warps take gate, half up, a tile pair at a time as it lands; next as in qkv_stage
+// half of the warps take gate, half up, a tile pair at a time as it lands. down is asked for
+// halfway, so that it does not hold up gate and up; more as in qkv_stage
 template <class G>
-MOEFUSE_DEVICE void gate_up_stage(Warp& c, const Layer* next, const Fragment& f) {
+MOEFUSE_DEVICE void gate_up_stage(Warp& c, bool more, const Fragment& f) {
   constexpr int kSlices = G::kHidden / kSlice, kStep = kWarps / kSlices / 2;
   constexpr uint32_t kTile = tile_bytes(G::kHidden);
   const int slice = c.warp % kSlices, group = c.warp / kSlices, up = group & 1;
   const int items = c.s.items.end - c.s.items.begin, rows = items * kTileRows;
   float* red = c.red() + up * kSlices * rows;
+#pragma unroll 1
   for (int i = group >> 1; i < items; i += kStep) {
     wait(c, &c.s.full_item[i], c.layers, kGateUp);
+    if (i == 0) mark(c, kGateUp, kInput);
+    if (i == (group >> 1) + (items / 2 / kStep) * kStep) load_down<G>(c, c.layer(0));
     const Run run{c.shared + c.p.layout.items + (2 * i + up) * kTile, 1};
     const float y =
         quad_sum(unit_product(load_unit<G::kHidden>(run, 0, slice, c.lane), f, c.lane));
     if ((c.lane & 3) == 0) red[slice * rows + i * kTileRows + (c.lane >> 2)] = y;
   }
+  mark(c, kGateUp, kWeights);
   block_sync();
-  if (next != nullptr) load_ahead<G>(c, *next, c.position);
+  mark(c, kGateUp, kProducts);
+  if (more) load_ahead<G>(c, c.layer(1), c.position);
   const int r = 2 * c.thread;
   if (r < rows) {
     const float n = norm_factor<kSlices>(c.s.ssq[1], G::kHidden, c.p.eps);
@@ -119,59 +135,51 @@ MOEFUSE_DEVICE void gate_up_stage(Warp& c, const Layer* next, const Fragment& f)
   stage_done(c, kGateUp);
 }
 
-// sum over the ranks of weight * row, in rank order; red: [top_k][rows]
+// sum over the ranks of weight * row, in rank order; red: [top_k][slices][rows]
 template <class G>
 MOEFUSE_DEVICE float weighted_sum(const Warp& c, const float* red, int rows) {
-  float total = 0.f, y = 0.f;
+  constexpr int kSlices = G::kWidth / kSlice;
+  float y = 0.f;
 #pragma unroll
   for (int k = 0; k < G::kTopK; ++k) {
-    const float weight = fast_exp(c.s.score[k] - c.s.score[0]);
-    total += weight;
-    y += weight * red[k * rows];
+    y += c.s.weight[k] * sum_slices<kSlices>(red + k * kSlices * rows, rows);
   }
-  return y / total;
+  return y;
 }
 
-// act -> the next layer's hidden = middle + sum of weight * down(act); a warp serves one expert
+// act -> the next layer's hidden = middle + sum of weight * down(act); a warp serves every 16th
+// pair of an expert and a slice
 template <class G>
 MOEFUSE_DEVICE void down_stage(Warp& c) {
-  constexpr int kSlices = G::kWidth / kSlice, kStep = kWarps / G::kTopK, kBatch = 2;
-  const int rank = c.warp % G::kTopK, tiles = c.s.output.end - c.s.output.begin;
-  const int rows = tiles * kTileRows, r = 2 * c.thread, at = (c.s.output.begin * kTileRows + r) / 2;
-  const uint32_t* act =
-      read_slot(c, c.p.x.act, c.clock, G::kTopK * G::kWidth / 2) + rank * (G::kWidth / 2);
-  const Run run{c.shared + c.p.layout.down + rank * tiles * tile_bytes(G::kWidth), tiles};
+  constexpr int kSlices = G::kWidth / kSlice, kPairs = G::kTopK * kSlices;
+  constexpr int kShare = (kPairs + kWarps - 1) / kWarps;
+  static_assert(kShare <= 2);
+  const int tiles = c.s.output.end - c.s.output.begin, rows = tiles * kTileRows;
+  const int r = 2 * c.thread, at = (c.s.output.begin * kTileRows + r) / 2;
   uint32_t residual = 0;  // complete since the router stage
   if (r < rows) {
     residual = load_shared_word(read_slot(c, c.p.x.middle, c.clock, G::kHidden / 2) + at);
   }
-  uint4 v[kSlices];
-  poll(c, act + 4 * c.lane, kSlice / 2, kDown, v);
+  uint4 v[kShare];
+  const int stride = c.warp + (kShare - 1) * kWarps < kPairs ? kWarps * (kSlice / 2) : 0;
+  poll(c, read_slot(c, c.p.x.act, c.clock, G::kTopK * G::kWidth / 2) + c.warp % kPairs * (kSlice / 2) +
+              4 * c.lane, stride, kDown, v);
+  mark(c, kDown, kInput);
   wait(c, &c.s.full_down, c.layers, kDown);
-  for (int base = c.warp / G::kTopK; base < tiles; base += kBatch * kStep) {
-    float y[kBatch] = {};
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      Fragment f;
-      float x[8];
-      unpack_bf16(v[s], x);
-      make_fragment(f, c.slice(), x, c.lane);
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (base + j * kStep >= tiles) break;
-        y[j] += unit_product(load_unit<G::kWidth>(run, base + j * kStep, s, c.lane), f, c.lane);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int tile = base + j * kStep;
-      const float sum = quad_sum(y[j]);
-      if (tile < tiles && (c.lane & 3) == 0) {
-        c.red()[rank * rows + tile * kTileRows + (c.lane >> 2)] = sum;
-      }
-    }
+  mark(c, kDown, kWeights);
+#pragma unroll 1
+  for (int j = 0; j < kShare; ++j) {
+    const int pair = c.warp + j * kWarps, rank = pair / kSlices, slice = pair % kSlices;
+    if (pair >= kPairs) break;
+    Fragment f;
+    float x[8];
+    unpack_bf16(j ? v[kShare - 1] : v[0], x);
+    make_fragment(f, c.slice(), x, c.lane);
+    const Run run{c.shared + c.p.layout.down + rank * tiles * tile_bytes(G::kWidth), tiles};
+    run_products<G::kWidth>(run, 0, 1, slice, f, c.red() + rank * kSlices * rows, c.lane);
   }
   block_sync();
+  mark(c, kDown, kProducts);
   if (r < rows) {
     publish(c.p.x.hidden, c.hidden_clock() + 1, G::kHidden / 2, kReplicas, at,
             pack_bf16(bf16_low(residual) + weighted_sum<G>(c, c.red() + r, rows),

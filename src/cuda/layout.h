@@ -8,8 +8,6 @@
 
 namespace moefuse::cuda {
 
-constexpr uint32_t kControlBytes = 4096;
-
 inline int largest_share(int total, int blocks) { return (total + blocks - 1) / blocks; }
 
 struct RingWords {  // words of all slots
@@ -43,7 +41,8 @@ Layout make_layout(int blocks, uint32_t limit) {
   l.red = l.slices + kWarps * kSlice * 2;
   l.red_floats = std::max({slices * qkv * kTileRows, slices * items * 2 * kTileRows,
                            slices * router, G::kExperts,
-                           G::kContext / kSlice * out * kTileRows, G::kTopK * out * kTileRows});
+                           G::kContext / kSlice * out * kTileRows,
+                           G::kTopK * G::kWidth / kSlice * out * kTileRows});
   l.qkv = align(l.red + 2 * l.red_floats * 4);
   l.items = align(l.qkv + qkv * tile_bytes(G::kHidden));
   l.dense = l.items;

@@ -50,10 +50,11 @@ MOEFUSE_DEVICE uint64_t lm_head_rows(Warp& c, const LmVector* vector) {
   const float n = norm_factor<G::kHidden / kSlice>(c.s.ssq[0], G::kHidden, c.p.eps);
   const Run run{c.shared + c.p.layout.items + c.warp * tile_bytes(G::kHidden), 1};
   uint64_t best = 0;
+#pragma unroll 1
   for (int tile = tiles.begin + c.warp; tile < tiles.end; tile += kWarps) {
     wait(c, &c.s.full_lm[c.warp], c.lm_uses++, kLmHead);
     float y = 0.f;
-#pragma unroll 4
+#pragma unroll 2
     for (int s = 0; s < G::kHidden / kSlice; ++s) {
       Fragment f;
       load_slice(f, vector[s], c.lane);
@@ -105,6 +106,7 @@ MOEFUSE_DEVICE void lm_head_stage(Warp& c, uint4 gain) {
 MOEFUSE_DEVICE int sampled_token(const Warp& c) {
   const uint64_t* ring = c.p.x.keys + (c.sampled & (kRing - 1)) * c.p.blocks;
   uint64_t best = 0;
+#pragma unroll 1
   for (int i = c.lane; i < c.p.blocks; i += 32) {
     unsigned count = 0;
     uint64_t key = load_shared_key(ring + i);
@@ -123,6 +125,7 @@ MOEFUSE_DEVICE void embed_stage(Warp& c, int token) {
   const Range words = share(G::kHidden / 8, c.block, c.p.blocks);
   const size_t row = static_cast<size_t>(token) * (G::kHidden / 8);
   const size_t groups = static_cast<size_t>(token) * (G::kHidden / kGroupSize);
+#pragma unroll 1
   for (int i = c.lane; i < 4 * (words.end - words.begin); i += 32) {
     const int word = words.begin + i / 4, pair = i % 4;
     const uint32_t q = c.p.embed.weight[row + word] >> (8 * pair);

@@ -19,11 +19,17 @@ MOEFUSE_DEVICE void copy_tiles(const Matrix& m, size_t first, int count, uint8_t
   copy_in(to + at * bytes, static_cast<const uint8_t*>(from) + first * bytes, count * bytes, full);
 }
 
+// qkv weights of the layer `ahead` of this one, and the pointers of the layer after that
 template <class G>
-MOEFUSE_DEVICE void load_qkv(const Warp& c, const Layer& layer) {
+MOEFUSE_DEVICE void load_qkv(const Warp& c, int ahead, int index) {
   const int tiles = c.s.qkv.end - c.s.qkv.begin;
-  if (c.lane == 0) announce(&c.s.full_qkv, tiles * tile_bytes(G::kHidden));
+  const Layer& layer = c.layer(ahead);
+  if (c.lane == 0) announce(&c.s.full_qkv, tiles * tile_bytes(G::kHidden) + sizeof(Layer));
   warp_sync();
+  if (c.lane == 9) {
+    copy_in(&c.layer(ahead + 1), c.p.layers + (index + ahead + 1) % c.p.num_layers, sizeof(Layer),
+            &c.s.full_qkv);
+  }
   if (c.lane < 9) {
     const int which = c.lane / 3;
     constexpr int kQ = G::kContext / kTileRows, kKv = G::kKvHeads * G::kHeadDim / kTileRows;
@@ -105,17 +111,18 @@ MOEFUSE_DEVICE void load_ahead(const Warp& c, const Layer& layer, int position) 
   if (c.warp == kWarps - 1) load_dense<G>(c, layer);
   if (c.warp != kWarps - 2) return;
   const Span span = make_span(c.p, c.block, position, G::kKvHeads);
+#pragma unroll 1
   for (int i = 0; i < span.groups && i < kKvSlots; ++i) {
     load_kv<G>(c, layer, span, i, c.kv_uses + i);
   }
 }
 
-// the selected experts' tiles, each warp its share: gate and up a pair at a time, in the order of
-// their use, then down
+// the selected experts' tiles, each warp its share: gate and up a pair at a time
 template <class G>
-MOEFUSE_DEVICE void load_experts(const Warp& c, const Layer& layer) {
-  constexpr int kTiles = G::kWidth / kTileRows, kRows = G::kHidden / kTileRows;
+MOEFUSE_DEVICE void load_gate_up(const Warp& c, const Layer& layer) {
+  constexpr int kTiles = G::kWidth / kTileRows;
   constexpr uint32_t kTile = tile_bytes(G::kHidden);
+#pragma unroll 1
   for (int i = c.warp; i < c.s.items.end - c.s.items.begin; i += kWarps) {
     const int item = c.s.items.begin + i, half = c.lane / 3;
     uint64_t* full = &c.s.full_item[i];
@@ -129,6 +136,10 @@ MOEFUSE_DEVICE void load_experts(const Warp& c, const Layer& layer) {
     }
     finish(full);
   }
+}
+template <class G>
+MOEFUSE_DEVICE void load_down(const Warp& c, const Layer& layer) {
+  constexpr int kRows = G::kHidden / kTileRows;
   const int rank = c.warp - (kWarps - G::kTopK), tiles = c.s.output.end - c.s.output.begin;
   if (rank < 0) return;
   const uint32_t run = tiles * tile_bytes(G::kWidth);

@@ -113,29 +113,16 @@ MOEFUSE_DEVICE float unit_product(const UnitWeights& u, const Fragment& f, int l
                       bf16_low(u.biases) * f.sum[0] + bf16_high(u.biases) * f.sum[1]);
 }
 
-// Products of tiles first, first + step, ... below run.tiles with one slice, kBatch in flight;
-// red: [slices][8 * run.tiles]
-template <int K, int kBatch>
+// Products of tiles first, first + step, ... below run.tiles with one slice. Not unrolled: four warps
+// a scheduler hide a unit's latency, and a layer's code must stay small, because every SM fetches
+// all of it once a layer. red: [slices][8 * run.tiles]
+template <int K>
 MOEFUSE_DEVICE void run_products(const Run& run, int first, int step, int slice, const Fragment& f,
                                  float* red, int lane) {
-  for (int base = first; base < run.tiles; base += kBatch * step) {
-    UnitWeights u[kBatch];
-    float y[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (base + j * step < run.tiles) u[j] = load_unit<K>(run, base + j * step, slice, lane);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      y[j] = base + j * step < run.tiles ? quad_sum(unit_product(u[j], f, lane)) : 0.f;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int tile = base + j * step;
-      if (tile < run.tiles && (lane & 3) == 0) {
-        red[(slice * run.tiles + tile) * kTileRows + (lane >> 2)] = y[j];
-      }
-    }
+#pragma unroll 1
+  for (int tile = first; tile < run.tiles; tile += step) {
+    const float y = quad_sum(unit_product(load_unit<K>(run, tile, slice, lane), f, lane));
+    if ((lane & 3) == 0) red[(slice * run.tiles + tile) * kTileRows + (lane >> 2)] = y;
   }
 }
 

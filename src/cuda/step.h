@@ -20,7 +20,7 @@ namespace moefuse::cuda {
 
 constexpr uint32_t kEmpty = 0xffffffffu;  // as two bf16 or one float: a NaN no instruction returns
 constexpr int kRing = 4;                  // slots of every exchange buffer; two layers are in use
-constexpr int kReplicas = 4;              // copies of the vectors that every SM reads at once
+constexpr int kReplicas = 1;              // copies of the vectors that every SM reads at once
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileRows = 8;   // rows of one mma tile
@@ -30,6 +30,7 @@ constexpr int kKvGroup = 48;   // cached tokens in one slot of shared memory, pl
 constexpr int kKvSlots = 2;
 constexpr int kMaxItems = 32;  // gate/up tiles of one block
 constexpr int kSplits = 32;    // parts of the context of one kv head
+constexpr uint32_t kControlBytes = 4096;
 
 // Affine 4-bit rows as MLX stores them: weight [rows, K / 8] (nibble i of a word is column i),
 // scales and biases [rows, K / 64] in bf16. The 8-bit router packs four columns a word.
@@ -40,7 +41,7 @@ struct Matrix {
 };
 
 // k_cache and v_cache: [kv_heads, cache_stride, head_dim] bf16
-struct Layer {
+struct alignas(16) Layer {
   Matrix q, k, v, o, router, gate, up, down;
   const uint16_t *input_norm, *post_norm, *q_norm, *k_norm;
   uint16_t *k_cache, *v_cache;
@@ -82,12 +83,13 @@ struct StepParams {
   float* logits;     // [vocab] of the last token
   int* sampled;      // [tokens] greedy choices of this launch
   unsigned* fault;   // host memory: the stage that waited in vain
-  long long* timeline;  // [stages] cycles spent in block 0, or null
+  long long* timeline;  // [stages][kParts] cycles of block 0, or null
   Layout layout;
   int num_layers, tokens, cache_stride, blocks, splits;
   float eps;
 };
 
+enum Part { kInput, kWeights, kProducts, kEnd, kParts };
 enum Stage { kQkv, kAttention, kCombine, kOutput, kRouter, kSelect, kGateUp, kDown, kLmHead, kEmbed,
              kStages };
 constexpr const char* kStageNames[kStages] = {
@@ -98,8 +100,7 @@ struct Range {
   int begin, end;
 };
 MOEFUSE_BOTH constexpr Range share(int total, int block, int blocks) {
-  return {static_cast<int>(static_cast<long long>(total) * block / blocks),
-          static_cast<int>(static_cast<long long>(total) * (block + 1) / blocks)};
+  return {total * block / blocks, total * (block + 1) / blocks};
 }
 
 // bytes of one tile: 8 rows of K nibbles, then their scales and biases
