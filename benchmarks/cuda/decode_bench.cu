@@ -70,8 +70,8 @@ struct Model {
       pointers.layers.push_back(
           {matrix(G::kContext, G::kHidden, 4, 0.005f), matrix(kv_rows, G::kHidden, 4, 0.005f),
            matrix(kv_rows, G::kHidden, 4, 0.005f), matrix(G::kHidden, G::kContext, 4, 0.01f),
-           matrix(G::kExperts, G::kHidden, 8, 0.0005f),
-           matrix(expert_rows, G::kHidden, 4, 0.005f), matrix(expert_rows, G::kHidden, 4, 0.005f),
+           matrix(G::kExperts, G::kHidden, 8, 0.0005f), matrix(expert_rows, G::kHidden, 4, 0.005f),
+           matrix(expert_rows, G::kHidden, 4, 0.005f),
            matrix(static_cast<size_t>(G::kExperts) * G::kHidden, G::kWidth, 4, 0.008f),
            values(G::kHidden, 1.f, 0.2f), values(G::kHidden, 1.f, 0.2f),
            values(G::kHeadDim, 1.3f, 0.3f), values(G::kHeadDim, 1.3f, 0.3f),
@@ -82,8 +82,10 @@ struct Model {
     pointers.final_norm = values(G::kHidden, 1.f, 0.2f);
     std::vector<float> rope(static_cast<size_t>(stride) * G::kHeadDim);
     for (size_t i = 0; i < rope.size() / 2; ++i) {
-      const double a = static_cast<double>(i / 64) * std::pow(1e6, -static_cast<double>(i % 64) / 64);
-      rope[2 * i] = static_cast<float>(std::cos(a)), rope[2 * i + 1] = static_cast<float>(std::sin(a));
+      const double a =
+          static_cast<double>(i / 64) * std::pow(1e6, -static_cast<double>(i % 64) / 64);
+      rope[2 * i] = static_cast<float>(std::cos(a)),
+               rope[2 * i + 1] = static_cast<float>(std::sin(a));
     }
     float* table = make<float>(rope.size());
     mc::check(cudaMemcpy(table, rope.data(), rope.size() * 4, cudaMemcpyHostToDevice), "memory");
@@ -191,23 +193,29 @@ void time_tokens(const Model& model, int blocks, int position, int at_once) {
   const double ms = median_ms(9, run) / at_once;
   const double bytes = weight_bytes_a_token(layers) +
                        layers * 2.0 * G::kKvHeads * G::kHeadDim * 2 * (position + at_once / 2.0);
-  std::printf(" ms a launch; context %d, %d SMs, %d a launch: %.4f ms a token, %.1f tok/s, %.0f GB/s\n",
-              position, step.params().blocks, at_once, ms, 1e3 / ms, bytes / ms / 1e6);
+  std::printf(
+      " ms a launch; context %d, %d SMs, %d a launch: %.4f ms a token, %.1f tok/s, %.0f GB/s\n",
+      position, step.params().blocks, at_once, ms, 1e3 / ms, bytes / ms / 1e6);
 }
 
 void time_stages(const Model& model, int position) {
   Step step(model.pointers);
   const int layers = static_cast<int>(model.pointers.layers.size()), tokens = 16;
   step.timeline();
-  const double ms = median_ms(5, [&] {
-    step.timeline();
-    step.seek(position, 11, nullptr);
-    step.run(tokens, nullptr);
-  }) / tokens;
+  const double ms = median_ms(5,
+                              [&] {
+                                step.timeline();
+                                step.seek(position, 11, nullptr);
+                                step.run(tokens, nullptr);
+                              }) /
+                    tokens;
   const auto cycles = step.timeline();
   double all = 0;
   for (long long c : cycles) all += static_cast<double>(c);
-  std::printf("\nstages of block 0 at context %d, us a layer (lm_head and embed: a token), scaled to %.4f ms\n", position, ms);
+  std::printf(
+      "\nstages of block 0 at context %d, us a layer (lm_head and embed: a token), scaled to %.4f "
+      "ms\n",
+      position, ms);
   for (int s = 0; s < mc::kStages; ++s) {
     double us[mc::kParts], sum = 0;
     const double unit = ms * 1e3 / all / (s < mc::kLmHead ? layers : 1);

@@ -5,13 +5,15 @@
 
 namespace moefuse::cuda {
 
-// What a lane needs to norm and rotate its head; asked for a stage ahead, because it comes from DRAM.
+// What a lane needs to norm and rotate its head; asked for a stage ahead, because it comes from
+// DRAM.
 struct HeadGain {
   uint32_t low, high;
   float4 turn;
 };
 MOEFUSE_DEVICE HeadGain load_head_gain(const Warp& c, const Layer& layer, int head_dim) {
-  const uint32_t* gain = reinterpret_cast<const uint32_t*>(c.warp < 8 ? layer.q_norm : layer.k_norm);
+  const uint32_t* gain =
+      reinterpret_cast<const uint32_t*>(c.warp < 8 ? layer.q_norm : layer.k_norm);
   const float* rope = c.p.rope + static_cast<size_t>(c.position) * head_dim;
   return {gain[c.lane], gain[32 + c.lane], reinterpret_cast<const float4*>(rope)[c.lane]};
 }
@@ -73,7 +75,8 @@ MOEFUSE_DEVICE void prepare_heads(Warp& c, const Layer& layer, const Span& span,
   if (c.warp >= (span.fresh ? 10 : 8)) return;
   const bool key = c.warp == 8, value = c.warp == 9;
   const int head = value ? G::kQHeads + G::kKvHeads + span.head
-                         : key ? G::kQHeads + span.head : span.head * 8 + c.warp;
+                   : key ? G::kQHeads + span.head
+                         : span.head * 8 + c.warp;
   uint32_t word[2];
   poll(c, slot(c.p.x.qkv, c.clock, G::kQkvRows / 2, 1, 0) + head * kWords + c.lane, 32, kAttention,
        word);
@@ -99,8 +102,8 @@ MOEFUSE_DEVICE void score_tile(const Warp& c, const AttentionScratch& a, const u
     const int at = 64 * j + 16 * t;
     const uint4 k0 = *reinterpret_cast<const uint4*>(keys + (16 * tile + g) * 256 + at);
     const uint4 k1 = *reinterpret_cast<const uint4*>(keys + (16 * tile + g + 8) * 256 + at);
-    const uint4 q = *reinterpret_cast<const uint4*>(
-        reinterpret_cast<const uint8_t*>(a.query[g]) + at);
+    const uint4 q =
+        *reinterpret_cast<const uint4*>(reinterpret_cast<const uint8_t*>(a.query[g]) + at);
     const uint32_t first[4] = {k0.x, k1.x, k0.y, k1.y}, second[4] = {k0.z, k1.z, k0.w, k1.w};
     mma_bf16(even, first, q.x, q.y);
     mma_bf16(odd, second, q.z, q.w);
@@ -178,7 +181,8 @@ MOEFUSE_DEVICE void publish_partial(Warp& c, Accumulator& acc, AttentionScratch&
   for (int i = 0; i < 8; ++i) {
     acc.o[0][i] += shuffle_xor(acc.o[0][i], 16);
     acc.o[1][i] += shuffle_xor(acc.o[1][i], 16);
-    a.part[quarter][head + half][8 * (c.lane & 15) + (c.lane & 15) / 4 + i] = half ? acc.o[1][i] : acc.o[0][i];
+    a.part[quarter][head + half][8 * (c.lane & 15) + (c.lane & 15) / 4 + i] =
+        half ? acc.o[1][i] : acc.o[0][i];
   }
   if ((c.lane & 15) == 0) {
     a.sum[quarter][head + half] = acc.sum;
@@ -250,17 +254,20 @@ MOEFUSE_DEVICE void combine_stage(Warp& c) {
     uint2 range[1];
     uint32_t word[kShare];
     const int split = c.lane < c.p.splits ? c.lane : 0;
-    poll(c, slot(c.p.x.range, c.clock, G::kQHeads * kSplits * 2, 1, 0) +
-                (head * kSplits + split) * 2, 0, kCombine, range);
+    poll(c,
+         slot(c.p.x.range, c.clock, G::kQHeads * kSplits * 2, 1, 0) + (head * kSplits + split) * 2,
+         0, kCombine, range);
     if (c.lane < c.p.splits) m = as_float(range[0].x), sum = as_float(range[0].y);
     const float weight = fast_exp(m - warp_maximum(m));
     const float share = weight / warp_sum(weight * sum);
     // a split that does not exist is read as split 0, with the weight of none
     const int first = c.warp * kShare < c.p.splits ? c.warp * kShare : 0;
     const int stride = first + kShare <= c.p.splits ? 1024 : 0;
-    poll(c, slot(c.p.x.partial, c.clock, G::kKvHeads * kSplits * 1024, 1, 0) +
-                (static_cast<size_t>(head / 8) * kSplits + first) * 1024 + head % 8 * 128 + dim +
-                c.lane, stride, kCombine, word);
+    poll(c,
+         slot(c.p.x.partial, c.clock, G::kKvHeads * kSplits * 1024, 1, 0) +
+             (static_cast<size_t>(head / 8) * kSplits + first) * 1024 + head % 8 * 128 + dim +
+             c.lane,
+         stride, kCombine, word);
     mark(c, kCombine, kInput);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) out += shuffle(share, c.warp * kShare + i) * as_float(word[i]);
@@ -284,8 +291,7 @@ MOEFUSE_DEVICE void output_stage(Warp& c) {
   const int rows = tiles * kTileRows, r = 2 * c.thread, at = (c.s.output.begin * kTileRows + r) / 2;
   uint32_t residual = 0;  // complete since the qkv stage
   if (r < rows) {
-    residual = load_shared_word(
-        read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2) + at);
+    residual = load_shared_word(read_slot(c, c.p.x.hidden, c.hidden_clock(), G::kHidden / 2) + at);
   }
   float v[8];
   poll_slice(c, read_slot(c, c.p.x.context, c.clock, G::kContext / 2), slice, kOutput, v);

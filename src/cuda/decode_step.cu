@@ -8,8 +8,7 @@
 namespace moefuse::cuda {
 
 template <class G>
-__global__ __launch_bounds__(kThreads, 1) void step_kernel(const __grid_constant__
-                                                                StepParams p) {
+__global__ __launch_bounds__(kThreads, 1) void step_kernel(const __grid_constant__ StepParams p) {
   step<G>(p, threadIdx.x, blockIdx.x);
 }
 
@@ -64,9 +63,9 @@ DecodeStep<G>::DecodeStep(const ModelPointers& model, int blocks) {
   p.layers = static_cast<const Layer*>(layers);
   const RingWords n = ring_words<G>(p.blocks);
   auto ring = [&](size_t words) { return static_cast<uint32_t*>(device(4 * words, 0xff)); };
-  p.x = {ring(n.hidden),  ring(n.middle), ring(n.qkv), ring(n.partial), ring(n.range),
-         ring(n.context), ring(n.scores), ring(n.act),
-         static_cast<uint64_t*>(device(4 * n.keys, 0))};
+  p.x = {ring(n.hidden),  ring(n.middle), ring(n.qkv),
+         ring(n.partial), ring(n.range),  ring(n.context),
+         ring(n.scores),  ring(n.act),    static_cast<uint64_t*>(device(4 * n.keys, 0))};
   p.state = static_cast<State*>(device(sizeof(State), 0));
   p.logits = static_cast<float*>(device(G::kVocab * sizeof(float), 0xff));
   p.sampled = static_cast<int*>(device(kMaxTokens * sizeof(int), 0xff));
@@ -74,7 +73,8 @@ DecodeStep<G>::DecodeStep(const ModelPointers& model, int blocks) {
   *fault_ = 0;
   check(cudaHostGetDevicePointer(&p.fault, fault_, 0), "memory");
   check(cudaFuncSetAttribute(step_kernel<G>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(p.layout.total)), "shared memory");
+                             static_cast<int>(p.layout.total)),
+        "shared memory");
 }
 
 template <class G>
@@ -96,7 +96,8 @@ void DecodeStep<G>::seek(int position, int token, cudaStream_t stream) {
   }
   const int values[2] = {position, token};
   check(cudaMemcpyAsync(&params_.state->position, values, sizeof values, cudaMemcpyHostToDevice,
-                        stream), "seek");
+                        stream),
+        "seek");
   check(cudaStreamSynchronize(stream), "seek");
   host_position_ = position;
 }
@@ -126,7 +127,8 @@ std::vector<int> DecodeStep<G>::sampled(cudaStream_t stream) {
   check(status, *fault_ ? fault_name(*fault_) : "step");
   std::vector<int> tokens(max_tokens_);
   check(cudaMemcpy(tokens.data(), params_.sampled, tokens.size() * sizeof(int),
-                   cudaMemcpyDeviceToHost), "sampled");
+                   cudaMemcpyDeviceToHost),
+        "sampled");
   return tokens;
 }
 

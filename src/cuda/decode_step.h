@@ -10,7 +10,8 @@
 
 namespace moefuse::cuda {
 
-// Device pointers of a model. layers: host array, copied. rope: [max_context, head_dim / 2, 2] fp32.
+// Device pointers of a model. layers: host array, copied. rope: [max_context, head_dim / 2, 2]
+// fp32.
 struct ModelPointers {
   std::vector<Layer> layers;
   Matrix embed, lm_head;
@@ -41,7 +42,8 @@ class DecodeStep {
 
   const StepParams& params() const { return params_; }
   float* logits() const { return params_.logits; }  // [vocab] fp32 on the device, the last token's
-  // Cycles of block 0 in each part of each stage, [kStages][kParts], since the last call; the first call only switches it on.
+  // Cycles of block 0 in each part of each stage, [kStages][kParts], since the last call; the first
+  // call only switches it on.
   std::vector<long long> timeline();
 
   static constexpr int kMaxTokens = 256;

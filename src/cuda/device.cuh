@@ -1,5 +1,6 @@
-// The few device instructions that the decode step uses, under names. tests/cuda/host_device.h gives
-// the same names on the host, so that the step's own text can be run and checked without a GPU.
+// The few device instructions that the decode step uses, under names. tests/cuda/host_device.h
+// gives the same names on the host, so that the step's own text can be run and checked without a
+// GPU.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,8 +26,12 @@ MOEFUSE_DEVICE uint32_t shared_address(const void* p) {
 }
 
 // ---- conversions; the first argument lands in the low half
-MOEFUSE_DEVICE float bf16_low(uint32_t u) { return __uint_as_float(u << 16); }
-MOEFUSE_DEVICE float bf16_high(uint32_t u) { return __uint_as_float(u & 0xffff0000u); }
+MOEFUSE_DEVICE float bf16_low(uint32_t u) {
+  return __uint_as_float(u << 16);
+}
+MOEFUSE_DEVICE float bf16_high(uint32_t u) {
+  return __uint_as_float(u & 0xffff0000u);
+}
 MOEFUSE_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -37,30 +42,56 @@ MOEFUSE_DEVICE uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-MOEFUSE_DEVICE float as_float(uint32_t u) { return __uint_as_float(u); }
-MOEFUSE_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
+MOEFUSE_DEVICE float as_float(uint32_t u) {
+  return __uint_as_float(u);
+}
+MOEFUSE_DEVICE uint32_t as_bits(float f) {
+  return __float_as_uint(f);
+}
 // (u & mask) | bits in one instruction
 MOEFUSE_DEVICE uint32_t select_or(uint32_t u, uint32_t mask, uint32_t bits) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(u), "r"(mask), "r"(bits));
   return r;
 }
-MOEFUSE_DEVICE float fast_exp(float x) { return __expf(x); }
-MOEFUSE_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+MOEFUSE_DEVICE float fast_exp(float x) {
+  return __expf(x);
+}
+MOEFUSE_DEVICE float reciprocal_sqrt(float x) {
+  return rsqrtf(x);
+}
 
 // ---- warp
-MOEFUSE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(~0u, v, lane); }
-MOEFUSE_DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
-MOEFUSE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+MOEFUSE_DEVICE float shuffle(float v, int lane) {
+  return __shfl_sync(~0u, v, lane);
+}
+MOEFUSE_DEVICE uint32_t shuffle(uint32_t v, int lane) {
+  return __shfl_sync(~0u, v, lane);
+}
+MOEFUSE_DEVICE float shuffle_xor(float v, int mask) {
+  return __shfl_xor_sync(~0u, v, mask);
+}
 MOEFUSE_DEVICE uint64_t shuffle_xor(uint64_t v, int mask) {
   return __shfl_xor_sync(~0u, static_cast<unsigned long long>(v), mask);
 }
-MOEFUSE_DEVICE uint32_t warp_max(uint32_t v) { return __reduce_max_sync(~0u, v); }
-MOEFUSE_DEVICE uint32_t warp_add(uint32_t v) { return __reduce_add_sync(~0u, v); }
-MOEFUSE_DEVICE int first_bit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
-MOEFUSE_DEVICE uint32_t warp_ballot(bool v) { return __ballot_sync(~0u, v); }
-MOEFUSE_DEVICE void warp_sync() { __syncwarp(); }
-MOEFUSE_DEVICE void block_sync() { __syncthreads(); }
+MOEFUSE_DEVICE uint32_t warp_max(uint32_t v) {
+  return __reduce_max_sync(~0u, v);
+}
+MOEFUSE_DEVICE uint32_t warp_add(uint32_t v) {
+  return __reduce_add_sync(~0u, v);
+}
+MOEFUSE_DEVICE int first_bit(uint32_t v) {
+  return __ffs(static_cast<int>(v)) - 1;
+}
+MOEFUSE_DEVICE uint32_t warp_ballot(bool v) {
+  return __ballot_sync(~0u, v);
+}
+MOEFUSE_DEVICE void warp_sync() {
+  __syncwarp();
+}
+MOEFUSE_DEVICE void block_sync() {
+  __syncthreads();
+}
 
 // ---- tensor cores: c += A[16 x 16] B[16 x 8]
 MOEFUSE_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -109,9 +140,13 @@ MOEFUSE_DEVICE uint64_t load_shared_key(const uint64_t* p) {
 MOEFUSE_DEVICE void store_shared_key(uint64_t* p, uint64_t v) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-MOEFUSE_DEVICE long long cycles() { return clock64(); }
+MOEFUSE_DEVICE long long cycles() {
+  return clock64();
+}
 // The compiler may no longer assume it knows v: addresses made from it are not kept over stages.
-MOEFUSE_DEVICE void forget(int& v) { asm volatile("" : "+r"(v)); }
+MOEFUSE_DEVICE void forget(int& v) {
+  asm volatile("" : "+r"(v));
+}
 
 // ---- waits end: a wait of seconds is a fault, never a hang. `since` starts at 0; the code names
 // the stage.
@@ -173,7 +208,9 @@ MOEFUSE_DEVICE void release_to_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // rows of the KV cache stored by other SMs are about to be read by the copy engine
-MOEFUSE_DEVICE void acquire_for_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+MOEFUSE_DEVICE void acquire_for_copies() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
 #else
 constexpr unsigned kLoadArrivals = 32;
 MOEFUSE_DEVICE void announce(uint64_t*, unsigned) {}
@@ -191,14 +228,18 @@ MOEFUSE_DEVICE void finish(uint64_t* b) {
 MOEFUSE_DEVICE void release_to_copies() {}
 MOEFUSE_DEVICE void acquire_for_copies() {}
 #endif
-MOEFUSE_DEVICE void publish_fence() { __threadfence(); }
+MOEFUSE_DEVICE void publish_fence() {
+  __threadfence();
+}
 
 }  // namespace moefuse::cuda
 #endif
 
 namespace moefuse::cuda {
 
-MOEFUSE_DEVICE float round_bf16(float x) { return bf16_low(pack_bf16(x, 0.f)); }
+MOEFUSE_DEVICE float round_bf16(float x) {
+  return bf16_low(pack_bf16(x, 0.f));
+}
 MOEFUSE_DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);

@@ -1,6 +1,6 @@
 // What every arithmetic warp carries through the step, and the rings through which SMs exchange
-// vectors. A ring slot written at clock n is emptied again while slot n + 2 is written: by then every
-// SM has read it, because writing n + 2 needed everybody's results of n + 1.
+// vectors. A ring slot written at clock n is emptied again while slot n + 2 is written: by then
+// every SM has read it, because writing n + 2 needed everybody's results of n + 1.
 #pragma once
 #include "device.cuh"
 #include "quantized_gemv.cuh"
@@ -28,9 +28,9 @@ struct Warp {
   Control& s;
   uint8_t* shared;
   int warp, lane, thread, block;
-  int clock, sampled, position;     // as in State
-  int layers, kv_uses, lm_uses;     // of their barriers, since the launch
-  int flip;                         // which half of `red` the next stage writes
+  int clock, sampled, position;  // as in State
+  int layers, kv_uses, lm_uses;  // of their barriers, since the launch
+  int flip;                      // which half of `red` the next stage writes
   long long since;
 
   MOEFUSE_DEVICE uint32_t* slice() const {
@@ -51,17 +51,28 @@ MOEFUSE_DEVICE void wait_barrier(uint64_t* b, unsigned parity, unsigned* fault, 
 MOEFUSE_DEVICE void wait(const Warp& c, uint64_t* b, int uses, Stage stage) {
   wait_barrier(b, uses, c.p.fault, c.code(stage));
 }
-MOEFUSE_DEVICE bool ready(uint32_t v) { return v != kEmpty; }
-MOEFUSE_DEVICE bool ready(uint2 v) { return ready(v.x) && ready(v.y); }
+MOEFUSE_DEVICE bool ready(uint32_t v) {
+  return v != kEmpty;
+}
+MOEFUSE_DEVICE bool ready(uint2 v) {
+  return ready(v.x) && ready(v.y);
+}
 MOEFUSE_DEVICE bool ready(uint4 v) {
   return ready(v.x) && ready(v.y) && ready(v.z) && ready(v.w);
 }
-MOEFUSE_DEVICE void load_shared(uint32_t& v, const uint32_t* p) { v = load_shared_word(p); }
-MOEFUSE_DEVICE void load_shared(uint2& v, const uint32_t* p) { v = load_shared_pair(p); }
-MOEFUSE_DEVICE void load_shared(uint4& v, const uint32_t* p) { v = load_shared_quad(p); }
+MOEFUSE_DEVICE void load_shared(uint32_t& v, const uint32_t* p) {
+  v = load_shared_word(p);
+}
+MOEFUSE_DEVICE void load_shared(uint2& v, const uint32_t* p) {
+  v = load_shared_pair(p);
+}
+MOEFUSE_DEVICE void load_shared(uint4& v, const uint32_t* p) {
+  v = load_shared_quad(p);
+}
 
 // N vectors a lane, `stride` words apart, all asked for before the first is looked at. While
-// something is missing one lane asks for it: a whole warp asking again would fill L2 with questions.
+// something is missing one lane asks for it: a whole warp asking again would fill L2 with
+// questions.
 template <class T, int N>
 MOEFUSE_DEVICE void poll(const Warp& c, const uint32_t* p, int stride, Stage stage, T (&v)[N]) {
   unsigned since = 0;
@@ -89,9 +100,11 @@ MOEFUSE_DEVICE void poll(const Warp& c, const uint32_t* p, int stride, Stage sta
 MOEFUSE_DEVICE uint32_t* slot(uint32_t* ring, int clock, int words, int replicas, int replica) {
   return ring + ((clock & (kRing - 1)) * replicas + replica) * static_cast<size_t>(words);
 }
-MOEFUSE_DEVICE void publish(uint32_t* ring, int clock, int words, int replicas, int at, uint32_t v) {
+MOEFUSE_DEVICE void publish(uint32_t* ring, int clock, int words, int replicas, int at,
+                            uint32_t v) {
 #pragma unroll 1
-  for (int r = 0; r < replicas; ++r) store_shared_word(slot(ring, clock, words, replicas, r) + at, v);
+  for (int r = 0; r < replicas; ++r)
+    store_shared_word(slot(ring, clock, words, replicas, r) + at, v);
 #pragma unroll 1
   for (int r = 0; r < replicas; ++r) {
     store_shared_word(slot(ring, clock + 2, words, replicas, r) + at, kEmpty);

@@ -1,5 +1,5 @@
-// The MoE half of a layer: router, selection, gate and up with SwiGLU, down with the combine and the
-// residual. The router selects on fp32 logits and normalises over the selected.
+// The MoE half of a layer: router, selection, gate and up with SwiGLU, down with the combine and
+// the residual. The router selects on fp32 logits and normalises over the selected.
 #pragma once
 #include "loader.cuh"
 
@@ -12,8 +12,7 @@ MOEFUSE_DEVICE float router_row(const uint8_t* rows, int count, int row, int col
   const uint2 q = *reinterpret_cast<const uint2*>(rows + row * K + column);
   const uint8_t* s = rows + count * K + (row * (K / kGroupSize) + column / kGroupSize) * 2;
   const float scale = bf16_low(*reinterpret_cast<const uint16_t*>(s));
-  const float bias =
-      bf16_low(*reinterpret_cast<const uint16_t*>(s + count * (K / kGroupSize) * 2));
+  const float bias = bf16_low(*reinterpret_cast<const uint16_t*>(s + count * (K / kGroupSize) * 2));
   float dot = 0.f, sum = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -33,8 +32,8 @@ MOEFUSE_DEVICE void router_stage(Warp& c, uint4 gain, Fragment& f) {
   mark(c, kRouter, kInput);
   const float ssq = apply_gain(v, gain);
   if (c.warp < kSlices && c.lane == 0) c.s.ssq[1][slice] = ssq;
-  const uint8_t* weights = c.shared + c.p.layout.dense +
-                           (c.s.output.end - c.s.output.begin) * tile_bytes(G::kContext);
+  const uint8_t* weights =
+      c.shared + c.p.layout.dense + (c.s.output.end - c.s.output.begin) * tile_bytes(G::kContext);
 #pragma unroll 1
   for (int r = c.warp / kSlices; r < rows; r += kStep) {
     const float y =
@@ -111,8 +110,7 @@ MOEFUSE_DEVICE void gate_up_stage(Warp& c, bool more, const Fragment& f) {
     if (i == 0) mark(c, kGateUp, kInput);
     if (i == (group >> 1) + (items / 2 / kStep) * kStep) load_down<G>(c, c.layer(0));
     const Run run{c.shared + c.p.layout.items + (2 * i + up) * kTile, 1};
-    const float y =
-        quad_sum(unit_product(load_unit<G::kHidden>(run, 0, slice, c.lane), f, c.lane));
+    const float y = quad_sum(unit_product(load_unit<G::kHidden>(run, 0, slice, c.lane), f, c.lane));
     if ((c.lane & 3) == 0) red[slice * rows + i * kTileRows + (c.lane >> 2)] = y;
   }
   mark(c, kGateUp, kWeights);
@@ -162,8 +160,10 @@ MOEFUSE_DEVICE void down_stage(Warp& c) {
   }
   uint4 v[kShare];
   const int stride = c.warp + (kShare - 1) * kWarps < kPairs ? kWarps * (kSlice / 2) : 0;
-  poll(c, read_slot(c, c.p.x.act, c.clock, G::kTopK * G::kWidth / 2) + c.warp % kPairs * (kSlice / 2) +
-              4 * c.lane, stride, kDown, v);
+  poll(c,
+       read_slot(c, c.p.x.act, c.clock, G::kTopK * G::kWidth / 2) + c.warp % kPairs * (kSlice / 2) +
+           4 * c.lane,
+       stride, kDown, v);
   mark(c, kDown, kInput);
   wait(c, &c.s.full_down, c.layers, kDown);
   mark(c, kDown, kWeights);

@@ -8,7 +8,9 @@
 
 namespace moefuse::cuda {
 
-inline int largest_share(int total, int blocks) { return (total + blocks - 1) / blocks; }
+inline int largest_share(int total, int blocks) {
+  return (total + blocks - 1) / blocks;
+}
 
 struct RingWords {  // words of all slots
   size_t hidden, middle, qkv, partial, range, context, scores, act, keys;
@@ -40,8 +42,7 @@ Layout make_layout(int blocks, uint32_t limit) {
   l.slices = kControlBytes;
   l.red = l.slices + kWarps * kSlice * 2;
   l.red_floats = std::max({slices * qkv * kTileRows, slices * items * 2 * kTileRows,
-                           slices * router, G::kExperts,
-                           G::kContext / kSlice * out * kTileRows,
+                           slices * router, G::kExperts, G::kContext / kSlice * out * kTileRows,
                            G::kTopK * G::kWidth / kSlice * out * kTileRows});
   l.qkv = align(l.red + 2 * l.red_floats * 4);
   l.items = align(l.qkv + qkv * tile_bytes(G::kHidden));
@@ -49,7 +50,8 @@ Layout make_layout(int blocks, uint32_t limit) {
   l.kv = align(l.dense + out * tile_bytes(G::kContext) +
                router * (G::kHidden + 2 * (G::kHidden / kGroupSize * 2)));
   l.kv_slot = 2 * (kKvGroup + 1) * G::kHeadDim * 2;
-  l.down = align(std::max(l.kv + kKvSlots * l.kv_slot, l.items + items * 2 * tile_bytes(G::kHidden)));
+  l.down =
+      align(std::max(l.kv + kKvSlots * l.kv_slot, l.items + items * 2 * tile_bytes(G::kHidden)));
   const uint32_t scratch = 32 << 10;  // AttentionScratch
   l.total = l.down + std::max(G::kTopK * out * tile_bytes(G::kWidth), scratch);
   l.total = std::max(l.total, l.items + kWarps * tile_bytes(G::kHidden));  // lm_head

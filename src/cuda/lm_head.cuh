@@ -7,7 +7,8 @@ namespace moefuse::cuda {
 
 // larger logit first, then the lower index
 MOEFUSE_DEVICE uint64_t logit_key(float logit, int token) {
-  return static_cast<uint64_t>(sortable(logit)) << 32 | (0xffffffffu - static_cast<uint32_t>(token));
+  return static_cast<uint64_t>(sortable(logit)) << 32 |
+         (0xffffffffu - static_cast<uint32_t>(token));
 }
 MOEFUSE_DEVICE uint64_t warp_best(uint64_t key) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // Weights into shared memory, each as early as its place is free and its address known: dense
-// weights and the cache a layer ahead, experts the moment they are selected. One warp issues a load;
-// call after the block_sync that ended the last use of its place.
+// weights and the cache a layer ahead, experts the moment they are selected. One warp issues a
+// load; call after the block_sync that ended the last use of its place.
 #pragma once
 #include "exchange.cuh"
 
@@ -13,8 +13,9 @@ MOEFUSE_DEVICE void copy_tiles(const Matrix& m, size_t first, int count, uint8_t
                                int at, int part, uint64_t* full) {
   if (count <= 0) return;
   const uint32_t bytes = part ? scale_bytes(K) : weight_bytes(K);
-  const void* from = part == 0 ? static_cast<const void*>(m.weight)
-                               : part == 1 ? m.scales : m.biases;
+  const void* from = part == 0   ? static_cast<const void*>(m.weight)
+                     : part == 1 ? m.scales
+                                 : m.biases;
   uint8_t* to = run + (part ? all * weight_bytes(K) + (part - 1) * all * scale_bytes(K) : 0);
   copy_in(to + at * bytes, static_cast<const uint8_t*>(from) + first * bytes, count * bytes, full);
 }
@@ -60,8 +61,9 @@ MOEFUSE_DEVICE void load_dense(const Warp& c, const Layer& layer) {
   } else if (c.lane < 6 && rows > 0) {
     const int part = c.lane - 3;
     const uint32_t bytes = part ? kScale : G::kHidden;
-    const void* from = part == 0 ? static_cast<const void*>(layer.router.weight)
-                                 : part == 1 ? layer.router.scales : layer.router.biases;
+    const void* from = part == 0   ? static_cast<const void*>(layer.router.weight)
+                       : part == 1 ? layer.router.scales
+                                   : layer.router.biases;
     uint8_t* to = base + tiles * tile_bytes(G::kContext) +
                   (part ? rows * (G::kHidden + (part - 1) * kScale) : 0);
     copy_in(to, static_cast<const uint8_t*>(from) + static_cast<size_t>(c.s.router.begin) * bytes,

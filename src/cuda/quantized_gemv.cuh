@@ -1,11 +1,11 @@
 // Matrix-vector products of affine 4-bit rows in shared memory with a bf16 vector, on tensor cores.
 //
 // A unit is 8 rows x 256 columns. The vector is scaled by a power of two into fp16 (bf16 has eight
-// significant bits, fp16 eleven: nothing is lost within 2^29 of the slice's largest value). A nibble
-// becomes the fp16 number 1024 + q or 1024 + 16 q by one and-or, without a shift for half of them;
-// the offsets leave through the accumulator's first value, and x is divided by 16 where q is not.
-// Each lane of an mma quad keeps its own 32-column chunk apart (B is block diagonal), because a
-// group's scale applies to its own sum only.
+// significant bits, fp16 eleven: nothing is lost within 2^29 of the slice's largest value). A
+// nibble becomes the fp16 number 1024 + q or 1024 + 16 q by one and-or, without a shift for half of
+// them; the offsets leave through the accumulator's first value, and x is divided by 16 where q is
+// not. Each lane of an mma quad keeps its own 32-column chunk apart (B is block diagonal), because
+// a group's scale applies to its own sum only.
 #pragma once
 #include "device.cuh"
 #include "step.h"
@@ -13,8 +13,8 @@
 namespace moefuse::cuda {
 
 struct Fragment {
-  uint32_t b[16];                   // this lane's share of the block-diagonal B
-  float sum[2], offset[2], unscale; // of its two chunks: sum of x, what the fp16 offsets add
+  uint32_t b[16];                    // this lane's share of the block-diagonal B
+  float sum[2], offset[2], unscale;  // of its two chunks: sum of x, what the fp16 offsets add
 };
 
 // The block-diagonal B from xs: [4][8 chunks] of 16 bytes; only two lanes of eight hold columns.
@@ -113,9 +113,9 @@ MOEFUSE_DEVICE float unit_product(const UnitWeights& u, const Fragment& f, int l
                       bf16_low(u.biases) * f.sum[0] + bf16_high(u.biases) * f.sum[1]);
 }
 
-// Products of tiles first, first + step, ... below run.tiles with one slice. Not unrolled: four warps
-// a scheduler hide a unit's latency, and a layer's code must stay small, because every SM fetches
-// all of it once a layer. red: [slices][8 * run.tiles]
+// Products of tiles first, first + step, ... below run.tiles with one slice. Not unrolled: four
+// warps a scheduler hide a unit's latency, and a layer's code must stay small, because every SM
+// fetches all of it once a layer. red: [slices][8 * run.tiles]
 template <int K>
 MOEFUSE_DEVICE void run_products(const Run& run, int first, int step, int slice, const Fragment& f,
                                  float* red, int lane) {

@@ -4,8 +4,8 @@
 // One block sits on every SM for a whole token, so the stages of a layer need no launches. Weights
 // stream into shared memory ahead of the stages that need them, while the SMs wait for each other's
 // results. Results travel through small rings in L2 and are their own flags: a slot
-// starts as kEmpty words, which no arithmetic here produces, and a reader spins on the very words it
-// needs. Every sum has a fixed order, whatever the number of SMs.
+// starts as kEmpty words, which no arithmetic here produces, and a reader spins on the very words
+// it needs. Every sum has a fixed order, whatever the number of SMs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,10 +23,10 @@ constexpr int kRing = 4;                  // slots of every exchange buffer; two
 constexpr int kReplicas = 1;              // copies of the vectors that every SM reads at once
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTileRows = 8;   // rows of one mma tile
-constexpr int kSlice = 256;    // columns of one unit of work
-constexpr int kGroupSize = 64; // quantisation group
-constexpr int kKvGroup = 48;   // cached tokens in one slot of shared memory, plus the new one
+constexpr int kTileRows = 8;    // rows of one mma tile
+constexpr int kSlice = 256;     // columns of one unit of work
+constexpr int kGroupSize = 64;  // quantisation group
+constexpr int kKvGroup = 48;    // cached tokens in one slot of shared memory, plus the new one
 constexpr int kKvSlots = 2;
 constexpr int kMaxItems = 32;  // gate/up tiles of one block
 constexpr int kSplits = 32;    // parts of the context of one kv head
@@ -80,9 +80,9 @@ struct StepParams {
   const float* rope;  // [max_context][head_dim / 2][2] cosine and sine
   Exchange x;
   State* state;
-  float* logits;     // [vocab] of the last token
-  int* sampled;      // [tokens] greedy choices of this launch
-  unsigned* fault;   // host memory: the stage that waited in vain
+  float* logits;        // [vocab] of the last token
+  int* sampled;         // [tokens] greedy choices of this launch
+  unsigned* fault;      // host memory: the stage that waited in vain
   long long* timeline;  // [stages][kParts] cycles of block 0, or null
   Layout layout;
   int num_layers, tokens, cache_stride, blocks, splits;
@@ -90,11 +90,22 @@ struct StepParams {
 };
 
 enum Part { kInput, kWeights, kProducts, kEnd, kParts };
-enum Stage { kQkv, kAttention, kCombine, kOutput, kRouter, kSelect, kGateUp, kDown, kLmHead, kEmbed,
-             kStages };
+enum Stage {
+  kQkv,
+  kAttention,
+  kCombine,
+  kOutput,
+  kRouter,
+  kSelect,
+  kGateUp,
+  kDown,
+  kLmHead,
+  kEmbed,
+  kStages
+};
 constexpr const char* kStageNames[kStages] = {
-    "qkv", "attention", "attention_combine", "o_proj", "moe_router",
-    "moe_select", "moe_gate_up", "moe_down", "lm_head", "embed"};
+    "qkv",        "attention",   "attention_combine", "o_proj",  "moe_router",
+    "moe_select", "moe_gate_up", "moe_down",          "lm_head", "embed"};
 
 struct Range {
   int begin, end;
@@ -104,9 +115,15 @@ MOEFUSE_BOTH constexpr Range share(int total, int block, int blocks) {
 }
 
 // bytes of one tile: 8 rows of K nibbles, then their scales and biases
-MOEFUSE_BOTH constexpr uint32_t weight_bytes(int K) { return kTileRows * K / 2; }
-MOEFUSE_BOTH constexpr uint32_t scale_bytes(int K) { return kTileRows * K / kGroupSize * 2; }
-MOEFUSE_BOTH constexpr uint32_t tile_bytes(int K) { return weight_bytes(K) + 2 * scale_bytes(K); }
+MOEFUSE_BOTH constexpr uint32_t weight_bytes(int K) {
+  return kTileRows * K / 2;
+}
+MOEFUSE_BOTH constexpr uint32_t scale_bytes(int K) {
+  return kTileRows * K / kGroupSize * 2;
+}
+MOEFUSE_BOTH constexpr uint32_t tile_bytes(int K) {
+  return weight_bytes(K) + 2 * scale_bytes(K);
+}
 
 // Shapes are compile-time: the units of every stage then unroll. One line per model geometry.
 template <int kHidden_, int kQHeads_, int kKvHeads_, int kExperts_, int kTopK_, int kWidth_,
@@ -125,6 +142,5 @@ struct Geometry {
 using Qwen3_30B_A3B = Geometry<2048, 32, 4, 128, 8, 768, 151936>;
 // small enough for the host emulator; every stage keeps its shape
 using TinyMoe = Geometry<512, 8, 1, 32, 8, 256, 1024>;
-
 
 }  // namespace moefuse::cuda

@@ -84,8 +84,8 @@ MOEFUSE_DEVICE void step(const StepParams& p, int thread, int block) {
   const State state = *p.state;
   if (thread == 0) init_control<G>(p, s, block);
   block_sync();
-  Warp c{p, s, shared, warp, lane, thread, block, state.clock, state.sampled, state.position,
-         0,     0, 0, 0, cycles()};
+  Warp c{p, s, shared, warp, lane,    thread, block, state.clock, state.sampled, state.position,
+         0, 0, 0,      0,    cycles()};
   run_tokens<G>(c);
 }
 

@@ -25,7 +25,9 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
 
 namespace moefuse::cuda {
 
@@ -57,9 +59,15 @@ inline std::function<void(int, int)>* body = nullptr;
 inline unsigned fault = 0;
 inline uint64_t progress = 0;  // anything that can end a wait
 
-inline void yield() { swapcontext(&self->context, &scheduler); }
-inline Block& block() { return (*blocks)[self->block]; }
-inline Collective& warp() { return block().warps[self->thread / 32]; }
+inline void yield() {
+  swapcontext(&self->context, &scheduler);
+}
+inline Block& block() {
+  return (*blocks)[self->block];
+}
+inline Collective& warp() {
+  return block().warps[self->thread / 32];
+}
 inline void enter() {
   (*body)(self->thread, self->block);
   self->done = true;
@@ -112,13 +120,16 @@ inline void launch(int count, int threads, size_t shared_bytes, std::function<vo
     }
     idle = progress == before ? idle + 1 : 0;
     if (fault || idle > 100) {
-      throw std::runtime_error("[emulator] no thread can go on, fault code " + std::to_string(fault));
+      throw std::runtime_error("[emulator] no thread can go on, fault code " +
+                               std::to_string(fault));
     }
   }
 }
 }  // namespace host
 
-inline uint8_t* shared_base() { return host::block().shared; }
+inline uint8_t* shared_base() {
+  return host::block().shared;
+}
 
 inline float as_float(uint32_t u) {
   float f;
@@ -130,14 +141,20 @@ inline uint32_t as_bits(float f) {
   std::memcpy(&u, &f, 4);
   return u;
 }
-inline float bf16_low(uint32_t u) { return as_float(u << 16); }
-inline float bf16_high(uint32_t u) { return as_float(u & 0xffff0000u); }
+inline float bf16_low(uint32_t u) {
+  return as_float(u << 16);
+}
+inline float bf16_high(uint32_t u) {
+  return as_float(u & 0xffff0000u);
+}
 inline uint32_t bf16_bits(float f) {
   const uint32_t u = as_bits(f);
   if (f != f) return 0x7fff;
   return (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
 }
-inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t pack_bf16(float low, float high) {
+  return bf16_bits(low) | bf16_bits(high) << 16;
+}
 inline uint16_t f16_bits(float f) {
   const _Float16 h = static_cast<_Float16>(f);
   uint16_t u;
@@ -153,14 +170,19 @@ inline float f16_value(uint32_t u) {
 inline uint32_t pack_f16(float low, float high) {
   return f16_bits(low) | static_cast<uint32_t>(f16_bits(high)) << 16;
 }
-inline uint32_t select_or(uint32_t u, uint32_t mask, uint32_t bits) { return (u & mask) | bits; }
-inline float fast_exp(float x) { return std::exp(x); }
-inline float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
+inline uint32_t select_or(uint32_t u, uint32_t mask, uint32_t bits) {
+  return (u & mask) | bits;
+}
+inline float fast_exp(float x) {
+  return std::exp(x);
+}
+inline float reciprocal_sqrt(float x) {
+  return 1.f / std::sqrt(x);
+}
 
 inline uint64_t shuffle_bits(uint64_t v, int from) {
-  const uint64_t packed = host::collective(v, [](const uint64_t* in, uint64_t* out) {
-    std::memcpy(out, in, 32 * sizeof(uint64_t));
-  });
+  const uint64_t packed = host::collective(
+      v, [](const uint64_t* in, uint64_t* out) { std::memcpy(out, in, 32 * sizeof(uint64_t)); });
   (void)packed;
   // the outputs stay valid until the warp's next collective, which this lane has not entered
   return host::warp().out[from & 31];
@@ -171,9 +193,15 @@ inline float shuffle(float v, int lane) {
 inline uint32_t shuffle(uint32_t v, int lane) {
   return static_cast<uint32_t>(shuffle_bits(v, lane));
 }
-inline int lane_id() { return host::self->thread % 32; }
-inline float shuffle_xor(float v, int mask) { return shuffle(v, lane_id() ^ mask); }
-inline uint64_t shuffle_xor(uint64_t v, int mask) { return shuffle_bits(v, lane_id() ^ mask); }
+inline int lane_id() {
+  return host::self->thread % 32;
+}
+inline float shuffle_xor(float v, int mask) {
+  return shuffle(v, lane_id() ^ mask);
+}
+inline uint64_t shuffle_xor(uint64_t v, int mask) {
+  return shuffle_bits(v, lane_id() ^ mask);
+}
 template <class F>
 uint32_t warp_reduce(uint32_t v, F f) {
   return static_cast<uint32_t>(host::collective(v, [&](const uint64_t* in, uint64_t* out) {
@@ -188,7 +216,9 @@ inline uint32_t warp_max(uint32_t v) {
 inline uint32_t warp_add(uint32_t v) {
   return warp_reduce(v, [](uint64_t a, uint64_t b) { return a + b; });
 }
-inline int first_bit(uint32_t v) { return __builtin_ctz(v); }
+inline int first_bit(uint32_t v) {
+  return __builtin_ctz(v);
+}
 inline uint32_t warp_ballot(bool v) {
   return static_cast<uint32_t>(host::collective(v, [](const uint64_t* in, uint64_t* out) {
     uint64_t r = 0;
@@ -196,7 +226,9 @@ inline uint32_t warp_ballot(bool v) {
     for (int i = 0; i < 32; ++i) out[i] = r;
   }));
 }
-inline void warp_sync() { warp_add(0); }
+inline void warp_sync() {
+  warp_add(0);
+}
 inline void block_sync() {
   host::Block& b = host::block();
   const int threads = 32 * static_cast<int>(b.warps.size());
@@ -223,8 +255,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Value 
         for (int k = 0; k < 16; ++k) {
           const MmaLane* x = at(row % 8 * 4 + k % 8 / 2);
           const MmaLane* y = at(col * 4 + k % 8 / 2);
-          sum += double{half(x->a[row / 8 + k / 8 * 2], k % 2)} *
-                 half(k < 8 ? y->b0 : y->b1, k % 2);
+          sum +=
+              double{half(x->a[row / 8 + k / 8 * 2], k % 2)} * half(k < 8 ? y->b0 : y->b1, k % 2);
         }
         out = static_cast<float>(sum);
       }
@@ -239,13 +271,27 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   mma(c, a, b0, b1, [](uint32_t u) { return bf16_low(u); });
 }
 
-inline uint32_t load_shared_word(const uint32_t* p) { return *p; }
-inline uint2 load_shared_pair(const uint32_t* p) { return {p[0], p[1]}; }
-inline uint4 load_shared_quad(const uint32_t* p) { return {p[0], p[1], p[2], p[3]}; }
-inline void store_shared_word(uint32_t* p, uint32_t v) { *p = v, ++host::progress; }
-inline uint64_t load_shared_key(const uint64_t* p) { return *p; }
-inline void store_shared_key(uint64_t* p, uint64_t v) { *p = v, ++host::progress; }
-inline long long cycles() { return 0; }
+inline uint32_t load_shared_word(const uint32_t* p) {
+  return *p;
+}
+inline uint2 load_shared_pair(const uint32_t* p) {
+  return {p[0], p[1]};
+}
+inline uint4 load_shared_quad(const uint32_t* p) {
+  return {p[0], p[1], p[2], p[3]};
+}
+inline void store_shared_word(uint32_t* p, uint32_t v) {
+  *p = v, ++host::progress;
+}
+inline uint64_t load_shared_key(const uint64_t* p) {
+  return *p;
+}
+inline void store_shared_key(uint64_t* p, uint64_t v) {
+  *p = v, ++host::progress;
+}
+inline long long cycles() {
+  return 0;
+}
 inline void forget(int&) {}
 
 inline void spin(unsigned&, unsigned*, unsigned code) {
@@ -259,7 +305,9 @@ struct HostBarrier {
   uint16_t pending, count;
   uint32_t phase;
 };
-inline HostBarrier& host_barrier(uint64_t* b) { return *reinterpret_cast<HostBarrier*>(b); }
+inline HostBarrier& host_barrier(uint64_t* b) {
+  return *reinterpret_cast<HostBarrier*>(b);
+}
 inline void barrier_init(uint64_t* b, unsigned arrivals) {
   host_barrier(b) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
 }
@@ -273,8 +321,10 @@ inline bool barrier_done(uint64_t* b, unsigned parity) {
 }
 inline void announce(uint64_t*, unsigned) {}
 inline void copy_in(void* to, const void* from, unsigned bytes, uint64_t*) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-    std::fprintf(stderr, "copy of %u bytes to %p from %p is not in 16-byte units\n", bytes, to, from);
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 ||
+      reinterpret_cast<uintptr_t>(from) % 16) {
+    std::fprintf(stderr, "copy of %u bytes to %p from %p is not in 16-byte units\n", bytes, to,
+                 from);
     std::abort();
   }
   std::memcpy(to, from, bytes);

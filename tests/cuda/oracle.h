@@ -223,8 +223,7 @@ void check_experts(Oracle& o, const Layer& layer, const Vector& middle, const Ve
     const Bounded y = o.product(layer.down, 4, down, G::kHidden, G::kWidth, a);
     for (int i = 0; i < G::kHidden; ++i) {
       sum.value[i] += weight[k] / total * y.value[i];
-      sum.bound[i] +=
-          weight[k] / total * (y.bound[i] + 32 * kFp32 * std::abs(y.value[i]));
+      sum.bound[i] += weight[k] / total * (y.bound[i] + 32 * kFp32 * std::abs(y.value[i]));
     }
   }
   Oracle::round(want), Oracle::round(sum);
@@ -249,7 +248,8 @@ void check_layer(Oracle& o, const Layer& layer, int clock, int hidden, int posit
   const Vector a = o.normed(in, layer.input_norm, n);
   Bounded want{{}, {}};
   const size_t kv = G::kKvHeads * G::kHeadDim;
-  for (const auto& [m, rows] : {std::pair{layer.q, size_t{G::kContext}}, {layer.k, kv}, {layer.v, kv}}) {
+  for (const auto& [m, rows] :
+       {std::pair{layer.q, size_t{G::kContext}}, {layer.k, kv}, {layer.v, kv}}) {
     const Bounded y = o.product(m, 4, 0, rows, G::kHidden, a);
     want.value.insert(want.value.end(), y.value.begin(), y.value.end());
     want.bound.insert(want.bound.end(), y.bound.begin(), y.bound.end());

@@ -44,24 +44,24 @@ struct Model {
   void fill(int count, int position, int stride) {
     for (int i = 0; i < count; ++i) {
       const size_t kv = static_cast<size_t>(G::kKvHeads) * stride * G::kHeadDim;
-      layers.push_back({matrix(G::kContext, G::kHidden, 4, 0.01f),
-                        matrix(G::kKvHeads * G::kHeadDim, G::kHidden, 4, 0.01f),
-                        matrix(G::kKvHeads * G::kHeadDim, G::kHidden, 4, 0.01f),
-                        matrix(G::kHidden, G::kContext, 4, 0.01f),
-                        matrix(G::kExperts, G::kHidden, 8, 0.0006f),
-                        matrix(G::kExperts * G::kWidth, G::kHidden, 4, 0.01f),
-                        matrix(G::kExperts * G::kWidth, G::kHidden, 4, 0.01f),
-                        matrix(G::kExperts * G::kHidden, G::kWidth, 4, 0.01f),
-                        values(G::kHidden, 1.f, 0.1f), values(G::kHidden, 1.f, 0.1f),
-                        values(G::kHeadDim, 1.3f, 0.2f), values(G::kHeadDim, 1.3f, 0.2f),
-                        values(kv, 0.f, 1.f), values(kv, 0.f, 1.f)});
+      layers.push_back(
+          {matrix(G::kContext, G::kHidden, 4, 0.01f),
+           matrix(G::kKvHeads * G::kHeadDim, G::kHidden, 4, 0.01f),
+           matrix(G::kKvHeads * G::kHeadDim, G::kHidden, 4, 0.01f),
+           matrix(G::kHidden, G::kContext, 4, 0.01f), matrix(G::kExperts, G::kHidden, 8, 0.0006f),
+           matrix(G::kExperts * G::kWidth, G::kHidden, 4, 0.01f),
+           matrix(G::kExperts * G::kWidth, G::kHidden, 4, 0.01f),
+           matrix(G::kExperts * G::kHidden, G::kWidth, 4, 0.01f), values(G::kHidden, 1.f, 0.1f),
+           values(G::kHidden, 1.f, 0.1f), values(G::kHeadDim, 1.3f, 0.2f),
+           values(G::kHeadDim, 1.3f, 0.2f), values(kv, 0.f, 1.f), values(kv, 0.f, 1.f)});
     }
     rope.resize(static_cast<size_t>(stride) * G::kHeadDim);
     for (size_t i = 0; i < rope.size() / 2; ++i) {
       const double a = i / 64 * std::pow(1e6, -double(i % 64) / 64);
       rope[2 * i] = std::cos(a), rope[2 * i + 1] = std::sin(a);
     }
-    p.embed = matrix(G::kVocab, G::kHidden, 4, 0.2f), p.lm_head = matrix(G::kVocab, G::kHidden, 4, 0.01f);
+    p.embed = matrix(G::kVocab, G::kHidden, 4, 0.2f),
+    p.lm_head = matrix(G::kVocab, G::kHidden, 4, 0.01f);
     p.final_norm = values(G::kHidden, 1.f, 0.1f);
     p.layers = layers.data(), p.num_layers = count, p.cache_stride = stride, p.eps = 1e-6f;
     p.rope = rope.data(), p.state = &state, p.logits = logits.data(), p.sampled = sampled.data();
@@ -71,8 +71,9 @@ struct Model {
   void prepare(int blocks) {
     const mc::RingWords n = mc::ring_words<G>(blocks);
     auto ring = [&](size_t words) { return make<uint32_t>(4 * words, mc::kEmpty); };
-    p.x = {ring(n.hidden),  ring(n.middle), ring(n.qkv), ring(n.partial), ring(n.range),
-           ring(n.context), ring(n.scores), ring(n.act), make<uint64_t>(4 * n.keys, 0)};
+    p.x = {ring(n.hidden),  ring(n.middle), ring(n.qkv),
+           ring(n.partial), ring(n.range),  ring(n.context),
+           ring(n.scores),  ring(n.act),    make<uint64_t>(4 * n.keys, 0)};
     p.blocks = blocks, p.splits = std::min(mc::kSplits, blocks / G::kKvHeads);
     p.layout = mc::make_layout<G>(blocks, 227 << 10);
     state.clock = state.sampled = 0;
@@ -89,7 +90,8 @@ bool check_stages(int position, int layers) {
   m.fill(layers, position, 512);
   m.prepare(16);
   m.run(1);
-  mc::oracle::Oracle o{[](void* to, const void* from, size_t n) { std::memcpy(to, from, n); }, m.p, {}};
+  mc::oracle::Oracle o{
+      [](void* to, const void* from, size_t n) { std::memcpy(to, from, n); }, m.p, {}};
   std::printf("layer %d of %d at position %d\n", layers - 1, layers, position);
   mc::oracle::check_layer<G>(o, m.layers.back(), m.state.clock - 1, m.state.clock - 1, position);
   mc::oracle::check_logits<G>(o, m.state.clock, 0, G::kVocab);
