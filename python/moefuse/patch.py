@@ -147,7 +147,7 @@ def _projection_reason(name: str, proj, dtype) -> str | None:
         return f"{name} has a bias"
     if proj.get("global_scale") is not None:
         return f"{name} has a global_scale"
-    if proj["scales"].dtype != dtype:
+    if dtype is not None and proj["scales"].dtype != dtype:
         return f"{name} has {_dtype_name(proj['scales'].dtype)} scales, x is {_dtype_name(dtype)}"
     return None
 
@@ -237,10 +237,14 @@ class _Patch:
         self.names = ("gate_proj", "up_proj") + (("down_proj",) if self.experts else ())
 
     def reasons(self, block, dtype) -> dict[str, str | None]:
-        """Each part asked of a block -> why it cannot be had for x of `dtype`, or None."""
+        """Each part asked of a block -> why it cannot be had for x of `dtype`, or None.
+
+        dtype None: not known yet, taken for one that fits.
+        """
         top_k = self.family.top_k(block)
         wide = f"top_k {top_k} is more than {MAX_TOP_K}" if top_k > MAX_TOP_K else None
-        odd = None if dtype in _FLOATS else f"x is {_dtype_name(dtype)}"
+        fits = dtype is None or dtype in _FLOATS
+        odd = None if fits else f"x is {_dtype_name(dtype)}"
         found = {}
         if self.router:
             found["router"] = odd or wide or self.family.router_reason(block)
@@ -281,6 +285,10 @@ class _Block:
         if (reason := reasons[part]) is not None:
             self.patch.report._fell(part, reason)
         return reason is None
+
+    def __deepcopy__(self, memo) -> _Block:
+        """A copied model looks at its own modules."""
+        return _Block(self.patch, self.stock)
 
     def restore(self, block) -> None:
         block.__class__ = self.stock
@@ -397,6 +405,12 @@ def _subclass(stock: type) -> type:
     return type(stock.__name__, (stock,), names)
 
 
+def _expected_dtype(block):
+    """What the activations will be if all is well, or None where the weights do not tell."""
+    scales = block["switch_mlp"].get("gate_proj", {}).get("scales")
+    return scales.dtype if scales is not None and scales.dtype in _FLOATS else None
+
+
 def _attach_blocks(model, patch: _Patch) -> None:
     known, report = patch.family.block_class(), patch.report
     used: Counter[str] = Counter()
@@ -407,9 +421,7 @@ def _attach_blocks(model, patch: _Patch) -> None:
         if type(module) is not known:
             report._fell("block", f"changed by others to {type(module).__module__}")
             continue
-        gate = module["switch_mlp"].get("gate_proj", {})
-        scales = gate.get("scales")  # what the activations' dtype will be, if all is well
-        reasons = patch.reasons(module, mx.float32 if scales is None else scales.dtype)
+        reasons = patch.reasons(module, _expected_dtype(module))
         for part, reason in reasons.items():
             if reason:
                 report._fell(part, reason)

@@ -10,19 +10,19 @@ from mlx_lm.models import glm4_moe_lite, qwen3_moe
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 FAMILIES = ("qwen", "glm")
-VOCAB = 128
+VOCAB = 64
 
 QWEN = dict(
-    model_type="qwen3_moe", hidden_size=128, num_hidden_layers=3, intermediate_size=128,
-    num_attention_heads=4, num_experts=16, num_experts_per_tok=8, decoder_sparse_step=1,
-    mlp_only_layers=[1], moe_intermediate_size=64, rms_norm_eps=1e-6, vocab_size=VOCAB,
-    num_key_value_heads=2, head_dim=32, rope_theta=1e4, tie_word_embeddings=False,
+    model_type="qwen3_moe", hidden_size=64, num_hidden_layers=3, intermediate_size=64,
+    num_attention_heads=2, num_experts=16, num_experts_per_tok=8, decoder_sparse_step=1,
+    mlp_only_layers=[1], moe_intermediate_size=32, rms_norm_eps=1e-6, vocab_size=VOCAB,
+    num_key_value_heads=1, head_dim=32, rope_theta=1e4, tie_word_embeddings=False,
     max_position_embeddings=512, norm_topk_prob=True,
 )  # fmt: skip
 GLM = dict(
-    vocab_size=VOCAB, hidden_size=128, intermediate_size=128, moe_intermediate_size=64,
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=64, moe_intermediate_size=32,
     num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1,
-    n_routed_experts=16, num_experts_per_tok=4, kv_lora_rank=64, q_lora_rank=64,
+    n_routed_experts=16, num_experts_per_tok=4, kv_lora_rank=32, q_lora_rank=32,
     qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32,
 )  # fmt: skip
 
