@@ -43,7 +43,7 @@ FUNC Floats<N> load_lane(P p, uint lane) {
 }
 
 template <int N>
-FUNC float dot(Floats<N> a, Floats<N> b) {
+FUNC float lane_dot(Floats<N> a, Floats<N> b) {
   float sum = 0.0f;
   UNROLL for (int j = 0; j < N; ++j) sum = fma_rn(a.v[j], b.v[j], sum);
   return sum;
@@ -52,7 +52,7 @@ FUNC float dot(Floats<N> a, Floats<N> b) {
 // RMS norm of a vector spread over the lanes, N consecutive elements each.
 template <typename T, int N, typename W>
 FUNC Floats<N> lane_norm(Floats<N> x, W weight, float eps, uint lane) {
-  float scale = rms_scale(lane_sum(dot<N>(x, x)), 32 * N, eps);
+  float scale = rms_scale(lane_sum(lane_dot<N>(x, x)), 32 * N, eps);
   UNROLL for (int j = 0; j < N; ++j) {
     x.v[j] = float(norm_element<T>(x.v[j], scale, float(weight[lane * N + j])));
   }

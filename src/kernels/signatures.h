@@ -119,4 +119,24 @@
   IN(T, hidden, rows*(K + 1) * I) IN(uint, indices, rows * K) IN(float, weights, rows * K) \
   AFFINE_IN(down_, E, D, I) AFFINE_IN(shared_down_, 1, D, I) IN(T, residual, rows * D) \
   OUT(T, out, rows * D)
+
+// Every kernel text: KERNEL(stem, signature).
+#define MOEFUSE_KERNELS(KERNEL) \
+  KERNEL(attention_gqa, ATTENTION_GQA_SIGNATURE) \
+  KERNEL(attention_mla, ATTENTION_MLA_SIGNATURE) \
+  KERNEL(attention_out, ATTENTION_OUT_SIGNATURE) \
+  KERNEL(gather_qmm_swiglu, GATHER_QMM_SWIGLU_SIGNATURE) \
+  KERNEL(linear_residual, LINEAR_RESIDUAL_SIGNATURE) \
+  KERNEL(mla_unembed, MLA_UNEMBED_SIGNATURE) \
+  KERNEL(moe_combine, MOE_COMBINE_SIGNATURE) \
+  KERNEL(moe_experts_down, MOE_EXPERTS_DOWN_SIGNATURE) \
+  KERNEL(moe_experts_down_residual, MOE_EXPERTS_DOWN_RESIDUAL_SIGNATURE) \
+  KERNEL(moe_experts_down_shared, MOE_EXPERTS_DOWN_SHARED_SIGNATURE) \
+  KERNEL(moe_experts_gate_up, MOE_EXPERTS_GATE_UP_SIGNATURE) \
+  KERNEL(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE) \
+  KERNEL(moe_router_sigmoid, MOE_ROUTER_SIGMOID_SIGNATURE) \
+  KERNEL(moe_router_softmax, MOE_ROUTER_SOFTMAX_SIGNATURE) \
+  KERNEL(norm_qkv, NORM_QKV_SIGNATURE) \
+  KERNEL(norm_router_sigmoid, NORM_ROUTER_SIGMOID_SIGNATURE) \
+  KERNEL(norm_router_softmax, NORM_ROUTER_SOFTMAX_SIGNATURE)
 // clang-format on

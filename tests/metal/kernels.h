@@ -117,23 +117,7 @@ inline void expect_size(const char* name, size_t got, size_t expected) {
     signature                                                        \
   }
 
-SIZES(attention_gqa, ATTENTION_GQA_SIGNATURE)
-SIZES(attention_mla, ATTENTION_MLA_SIGNATURE)
-SIZES(attention_out, ATTENTION_OUT_SIGNATURE)
-SIZES(gather_qmm_swiglu, GATHER_QMM_SWIGLU_SIGNATURE)
-SIZES(linear_residual, LINEAR_RESIDUAL_SIGNATURE)
-SIZES(mla_unembed, MLA_UNEMBED_SIGNATURE)
-SIZES(moe_combine, MOE_COMBINE_SIGNATURE)
-SIZES(moe_experts_down, MOE_EXPERTS_DOWN_SIGNATURE)
-SIZES(moe_experts_down_residual, MOE_EXPERTS_DOWN_RESIDUAL_SIGNATURE)
-SIZES(moe_experts_down_shared, MOE_EXPERTS_DOWN_SHARED_SIGNATURE)
-SIZES(moe_experts_gate_up, MOE_EXPERTS_GATE_UP_SIGNATURE)
-SIZES(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE)
-SIZES(moe_router_sigmoid, MOE_ROUTER_SIGMOID_SIGNATURE)
-SIZES(moe_router_softmax, MOE_ROUTER_SOFTMAX_SIGNATURE)
-SIZES(norm_qkv, NORM_QKV_SIGNATURE)
-SIZES(norm_router_sigmoid, NORM_ROUTER_SIGMOID_SIGNATURE)
-SIZES(norm_router_softmax, NORM_ROUTER_SOFTMAX_SIGNATURE)
+MOEFUSE_KERNELS(SIZES)
 
 #undef SIZES
 #undef TYPE

@@ -13,16 +13,20 @@ using emulator::Pointer;
 
 constexpr Order kOrders[] = {Order::forward, Order::reverse, Order::shuffled};
 
-void expect_caught(uint threads, const std::function<void()>& kernel, const std::string& what,
-                   int line) {
+// The kernel stands between the lines `first` and `last` of this file.
+void expect_caught(uint threads, int first, const std::function<void()>& kernel,
+                   const std::string& what, int last) {
   for (Order order : kOrders) {
     try {
       emulator::dispatch({2, 1, 1}, threads, order, kernel);
       FAIL() << "not caught: " << what;
     } catch (const emulator::Error& e) {
-      EXPECT_NE(std::string(e.what()).find(what), std::string::npos) << e.what();
-      const std::string place = "test_emulator.cpp:" + std::to_string(line);
-      EXPECT_NE(std::string(e.what()).find(place), std::string::npos) << e.what();
+      const std::string message = e.what(), file = "test_emulator.cpp:";
+      EXPECT_NE(message.find(what), std::string::npos) << message;
+      ASSERT_EQ(message.rfind(file, 0), 0u) << message;
+      const int line = std::stoi(message.substr(file.size()));
+      EXPECT_GE(line, first) << message;
+      EXPECT_LE(line, last) << message;
     }
   }
 }
@@ -71,34 +75,32 @@ TEST(Emulator, CatchesARace) {
 }
 
 TEST(Emulator, CatchesTwoWriters) {
-  int line = 0;
   expect_caught(
-      64,
-      [&line] {
+      64, __LINE__,
+      [] {
         SHARED_ARRAY(float, shared, 64);
-        line = __LINE__ + 1;
         shared[thread_id / 2] = 1.0f;
       },
-      "race", __LINE__ - 1);
+      "race", __LINE__);
 }
 
 TEST(Emulator, CatchesADivergentBarrier) {
   expect_caught(
-      64,
+      64, __LINE__,
       [] {
         if (thread_id < 32) group_barrier();
       },
-      "divergent barrier", __LINE__ - 1);
+      "divergent barrier", __LINE__);
 }
 
 TEST(Emulator, CatchesADivergentShuffle) {
   expect_caught(
-      32,
+      32, __LINE__,
       [] {
         float v = 1.0f;
         if (lane_id < 16) v = shuffle_xor(v, 16);
       },
-      "not active", __LINE__ - 1);
+      "not active", __LINE__);
 }
 
 TEST(Emulator, CatchesLanesAtDifferentOperations) {
@@ -128,21 +130,21 @@ TEST(Emulator, CatchesOutOfBounds) {
   Pointer<const float> x(in);
   Pointer<float> y(out);
   expect_caught(
-      32, [=] { y[group_x * 32 + lane_id] = x[group_x * 32 + lane_id + 1]; },
-      "outside a buffer of 64", __LINE__ - 1);
+      32, __LINE__, [=] { y[group_x * 32 + lane_id] = x[group_x * 32 + lane_id + 1]; },
+      "outside a buffer of 64", __LINE__);
   expect_caught(
-      32, [=] { (y + 40)[lane_id] = x[lane_id]; }, "outside a buffer of 64", __LINE__ - 1);
+      32, __LINE__, [=] { (y + 40)[lane_id] = x[lane_id]; }, "outside a buffer of 64", __LINE__);
 }
 
 TEST(Emulator, CatchesTwoThreadsOfOneElement) {
   auto out = Buffer<float>::output(64);
   Pointer<float> y(out);
   expect_caught(
-      32,
+      32, __LINE__,
       [=] {
         y[lane_id] = 1.0f;  // both threadgroups
       },
-      "also writes", __LINE__ - 1);
+      "also writes", __LINE__);
 }
 
 TEST(Emulator, CatchesReadingWhatAnotherThreadWrites) {
@@ -160,44 +162,44 @@ TEST(Emulator, CatchesReadingWhatAnotherThreadWrites) {
 
 TEST(Emulator, CatchesUninitialisedThreadgroupMemory) {
   expect_caught(
-      32,
+      32, __LINE__,
       [] {
         SHARED_ARRAY(float, shared, 32);
         float v = shared[lane_id];
         (void)v;
       },
-      "nobody wrote", __LINE__ - 2);
+      "nobody wrote", __LINE__);
 }
 
 TEST(Emulator, ThreadgroupMemoryDoesNotOutliveItsGroup) {
   expect_caught(
-      32,
+      32, __LINE__,
       [] {
         SHARED_ARRAY(float, shared, 32);
         if (group_x == emulator::group_position().y) shared[lane_id] = 1.0f;
         float v = shared[lane_id];
         (void)v;
       },
-      "nobody wrote", __LINE__ - 2);
+      "nobody wrote", __LINE__);
 }
 
 TEST(Emulator, CatchesTooMuchThreadgroupMemory) {
   expect_caught(
-      32,
+      32, __LINE__,
       [] {
         SHARED_ARRAY(float, a, 8000);
         SHARED_ARRAY(float, b, 200);
         (void)a;
         (void)b;
       },
-      "limit 32768", __LINE__ - 3);
+      "limit 32768", __LINE__);
 }
 
 TEST(Emulator, CatchesAMisalignedVectorLoad) {
   Buffer<uint> in(std::vector<uint>(64, 1u));
   Pointer<const uint> x(in);
   expect_caught(
-      32, [=] { load_words<2>(x, lane_id); }, "misaligned", __LINE__ - 1);
+      32, __LINE__, [=] { load_words<2>(x, lane_id); }, "misaligned", __LINE__);
 }
 
 TEST(Emulator, CountsElementsThatNobodyWrote) {

@@ -1,0 +1,43 @@
+// One dispatch of a kernel text as a node of MLX's graph.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "metal/kernel_table.h"
+#include "mlx/fast.h"
+#include "mlx/mlx.h"
+
+namespace moefuse::metal {
+
+namespace mx = mlx::core;
+
+struct Groups {
+  int x = 1, y = 1, z = 1;
+};
+
+struct Call {
+  const KernelText* kernel;
+  std::vector<mx::array> inputs;
+  std::vector<mx::fast::TemplateArg> args;  // in the order of kernel->template_names
+  std::vector<mx::Shape> shapes;            // of the outputs
+  std::vector<mx::Dtype> dtypes;
+  Groups groups;
+  int threads;  // of a threadgroup, one dimension
+};
+
+// True where MLX has a Metal device.
+bool available();
+
+// The outputs, not yet evaluated. The node is built once for each combination of kernel, template
+// arguments, dtypes and grid, and used again. Throws std::runtime_error without a Metal device.
+std::vector<mx::array> launch(const Call& call, mx::StreamOrDevice s);
+
+// Takes the place of Metal in tests, where an emulator runs the calls; nullptr restores Metal.
+using Backend = std::function<std::vector<mx::array>(const Call&)>;
+void set_backend(Backend backend);
+
+}  // namespace moefuse::metal
