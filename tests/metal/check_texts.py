@@ -107,9 +107,9 @@ def lint(name, text):
     for number, line in enumerate(text.split("\n"), 1):
         line = line.split("//")[0]
         for pattern, suffixes, why in LINT:
-            if pathlib.Path(name).suffix in re.findall(r"\.\w+", suffixes):
-                if re.search(pattern, line):
-                    findings.append(f"{name}:{number}: {why}: {line.strip()}")
+            applies = pathlib.Path(name).suffix in re.findall(r"\.\w+", suffixes)
+            if applies and re.search(pattern, line):
+                findings.append(f"{name}:{number}: {why}: {line.strip()}")
         if len(line) > 100:
             findings.append(f"{name}:{number}: more than 100 columns")
     if name.endswith(".body") and text.count("\n") > 80:
