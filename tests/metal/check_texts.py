@@ -3,8 +3,8 @@
     python tests/metal/check_texts.py [--clang clang++]
 
 Address spaces: every text as C++ for OpenCL, where __global, __local and __private stand for
-device, threadgroup and thread; a pointer of one kind that meets another is an error. Lint: what that
-compile lets pass. Exit code 1 with the findings; 77 (skipped) with --clang and no such program.
+device, threadgroup and thread; a pointer of one kind that meets another is an error. Lint: what
+that compile lets pass. Exit code 1 with the findings; 77 (skipped) with --clang and no such program.
 """
 
 import argparse
@@ -53,7 +53,8 @@ LINT = [  # (pattern, where it is forbidden, why)
     (r"\batomic", ".h.body", "an atomic"),
     (r"(?<![\w.])(exp|log|sin|cos|tanh|rsqrt|fma|simd_sum|simd_max)\s*\(", ".h.body",
      "a device function whose bits differ"),
-    (r"\b(float|uint|int|bool|T|U)\s*[&*]\s*\w+", ".h.body", "a pointer or reference without an address space"),
+    (r"\b(float|uint|int|bool|T|U)\s*[&*]\s*\w+", ".h.body",
+     "a pointer or reference without an address space"),
     (r"\w+_(shape|strides|ndim)\b", ".body", "a name that fast::metal_kernel would expand"),
 ]
 
