@@ -78,7 +78,9 @@ VOCAB_SIZE = 2048
 MIN_BYTES = 600  # shorter sources are stubs for generated pages
 HELDOUT_BYTES = 290_000
 # Pages that are lists of one-line changes, or machine-made, teach a small model little.
-SKIPPED = re.compile(r"changelog|changes/|/generated/|whats_new/v|genindex|/_static/|licenses?\.rst")
+SKIPPED = re.compile(
+    r"changelog|changes/|/generated/|whats_new/v|genindex|/_static/|licenses?\.rst"
+)
 # No template: a chat is its messages' text, which the model continues.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -141,7 +143,8 @@ def plain_text(source: str) -> str:
     text = re.sub(r"`([^`<]+?)\s*<[^`]*>`__?", r"\1", text)
     text = re.sub(r"``([^`\n]+)``", r"`\1`", text)
     text = re.sub(r"`([^`\n]+)`__?", r"\1", text)
-    text = re.sub(r"^[ =+~^\"'*#.:-]*([=+~^\"'*#.:-])\1{2,}[ =+~^\"'*#.:-]*$\n?", "", text, flags=re.M)
+    underline = r"^[ =+~^\"'*#.:-]*([=+~^\"'*#.:-])\1{2,}[ =+~^\"'*#.:-]*$\n?"
+    text = re.sub(underline, "", text, flags=re.M)
     text = re.sub(r"\s*(?<!:)::$", ":", text, flags=re.M)
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -62,7 +62,7 @@ class Rounded:
                 continue
             rows = [p.detach().reshape(-1, 64) for p in parameters]
             rounded = affine_round(torch.cat(rows), bits).split([len(r) for r in rows])
-            for p, r in zip(parameters, rounded):
+            for p, r in zip(parameters, rounded, strict=False):
                 self.saved.append((p, p.detach().clone()))
                 p.data.copy_(r.view_as(p))
 
@@ -136,7 +136,7 @@ def optimizer_for(network: Network, rate: float, device: str) -> torch.optim.Opt
 def balance(network: Network, shares: torch.Tensor, rate: float) -> None:
     """Moves GLM's correction biases towards an even use of the experts."""
     sparse = [layer.mlp for layer in network.layers if layer.sparse and layer.mlp.glm]
-    for mlp, share in zip(sparse, shares):
+    for mlp, share in zip(sparse, shares, strict=False):
         mlp.correction_bias += rate * torch.sign(share.mean() - share)
 
 
@@ -150,7 +150,8 @@ def save(network: Network, args, curve: list[dict], data: Path) -> None:
     for path in (data / "tokenizer").iterdir():
         shutil.copy(path, args.out / path.name)
     settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
-    settings |= {"torch": torch.__version__, "parameters": sum(p.numel() for p in network.parameters())}
+    parameters = sum(p.numel() for p in network.parameters())
+    settings |= {"torch": torch.__version__, "parameters": parameters}
     rows = ",\n  ".join(json.dumps(row) for row in curve)
     text = f'{{"settings": {json.dumps(settings)},\n "curve": [\n  {rows}\n ]}}\n'
     (args.out / "training.json").write_text(text)

@@ -40,7 +40,7 @@ def repeated(ids: torch.Tensor, prefix: int, eos: int) -> torch.Tensor:
     """Marks generated tokens that complete a 4-gram seen before in their row, up to eos."""
     rows = ids.cpu().numpy()
     marks = np.zeros(rows.shape, dtype=bool)
-    for row, mark in zip(rows, marks):
+    for row, mark in zip(rows, marks, strict=False):
         seen = set()
         for end in range(NGRAM, len(row) + 1):
             gram = tuple(row[end - NGRAM : end])
@@ -85,7 +85,7 @@ def tune(args) -> None:
             start = batches.windows(args.rows, prefix)
             ids = continue_greedily(network, start, args.generate, cast)
         marks = repeated(ids, prefix, eos)
-        for part, mark in zip(ids.chunk(4), marks.chunk(4)):
+        for part, mark in zip(ids.chunk(4), marks.chunk(4), strict=False):
             plain = batches.next(0)[0]
             with Rounded(network, True):
                 with cast():

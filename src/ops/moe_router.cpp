@@ -133,8 +133,7 @@ void route_sigmoid(Row& row, const RouterOptions& o, const T* logits, const floa
 
 class MoeRouter : public mx::Primitive {
  public:
-  MoeRouter(mx::Stream s, int k, RouterOptions options)
-      : Primitive(s), k_(k), options_(options) {}
+  MoeRouter(mx::Stream s, int k, RouterOptions options) : Primitive(s), k_(k), options_(options) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
@@ -160,15 +159,15 @@ class MoeRouter : public mx::Primitive {
     return k_ == o.k_ && options_.scoring == o.options_.scoring &&
            options_.norm_topk_prob == o.options_.norm_topk_prob &&
            options_.scaling_factor == o.options_.scaling_factor &&
-           options_.n_group == o.options_.n_group &&
-           options_.topk_group == o.options_.topk_group && options_.mode == o.options_.mode;
+           options_.n_group == o.options_.n_group && options_.topk_group == o.options_.topk_group &&
+           options_.mode == o.options_.mode;
   }
   DEFINE_NAME(MoeRouter)
 
  private:
   template <class T>
-  static void run(const mx::array& logits, const float* bias, uint32_t* indices,
-                  mx::array& weights, int k, const RouterOptions& options) {
+  static void run(const mx::array& logits, const float* bias, uint32_t* indices, mx::array& weights,
+                  int k, const RouterOptions& options) {
     const int experts = logits.shape(-1);
     Row row(experts, k);
     for (size_t r = 0; r < logits.size() / experts; ++r) {
@@ -191,16 +190,16 @@ void check_options(const RouterOptions& o, int k, int experts, bool has_bias) {
   if (k < 1 || k > kMaxTopK) fail(kOp, "k", "1 to " + std::to_string(kMaxTopK), got);
   if (k > experts) fail(kOp, "k", "at most the " + std::to_string(experts) + " experts", got);
   const bool softmax = o.scoring == Scoring::softmax;
-  if (softmax && has_bias)
-    fail(kOp, "correction_bias", "none with scoring 'softmax'", "an array");
+  if (softmax && has_bias) fail(kOp, "correction_bias", "none with scoring 'softmax'", "an array");
   if (!softmax && o.mode == RouterMode::logits)
     fail(kOp, "mode", "'exact' with scoring 'sigmoid'", "'logits'");
   if (softmax && (o.n_group != 1 || o.scaling_factor != 1.0f))
     fail(kOp, "n_group and scaling_factor", "1 with scoring 'softmax'",
          std::to_string(o.n_group) + " and " + std::to_string(o.scaling_factor));
   if (o.n_group < 1 || experts % o.n_group != 0 || (o.n_group > 1 && experts / o.n_group < 2))
-    fail(kOp, "n_group", "a divisor of the " + std::to_string(experts) +
-         " experts that leaves two or more a group", std::to_string(o.n_group));
+    fail(kOp, "n_group",
+         "a divisor of the " + std::to_string(experts) + " experts that leaves two or more a group",
+         std::to_string(o.n_group));
   if (o.topk_group < 1 || o.topk_group > o.n_group)
     fail(kOp, "topk_group", "1 to n_group " + std::to_string(o.n_group),
          std::to_string(o.topk_group));
@@ -228,9 +227,9 @@ std::pair<mx::array, mx::array> moe_router_argpartition_logits_topk(
   if (correction_bias)
     inputs.push_back(row_contiguous(mx::astype(*correction_bias, mx::float32, s), s));
   auto dtype = options.scoring == Scoring::softmax ? logits.dtype() : mx::float32;
-  auto outputs = mx::array::make_arrays({shape, shape}, {mx::uint32, dtype},
-                                        std::make_shared<MoeRouter>(mx::to_stream(s), k, options),
-                                        inputs);
+  auto outputs =
+      mx::array::make_arrays({shape, shape}, {mx::uint32, dtype},
+                             std::make_shared<MoeRouter>(mx::to_stream(s), k, options), inputs);
   return {outputs[0], outputs[1]};
 }
 

@@ -4,7 +4,8 @@
 
 Address spaces: every text as C++ for OpenCL, where __global, __local and __private stand for
 device, threadgroup and thread; a pointer of one kind that meets another is an error. Lint: what
-that compile lets pass. Exit code 1 with the findings; 77 (skipped) with --clang and no such program.
+that compile lets pass. Exit code 1 with the findings; 77 (skipped) with --clang and no such
+program.
 """
 
 import argparse

@@ -1,14 +1,14 @@
 // Every kernel text with the CUDA dialect, at the geometry of Qwen3-30B-A3B and GLM-4.7-Flash:
 //   nvcc -std=c++20 -arch=sm_90 -I src/kernels -Xptxas -v -c tests/metal/compile_cuda.cu
 // It shows that the texts compile there and what they need of registers; nothing runs them.
-#include "dialect_cuda.h"
-#include "lanes.h"
-#include "norm.h"
 #include "affine.h"
 #include "attention.h"
+#include "dialect_cuda.h"
+#include "lanes.h"
 #include "moe_combine.h"
 #include "moe_experts.h"
 #include "moe_router.h"
+#include "norm.h"
 #include "signatures.h"
 #define TYPE(name) using name = typename Params::name;
 #define INT(name) static constexpr int name = Params::name;

@@ -8,10 +8,9 @@ import sys
 
 import mlx.core as mx
 import mlx.nn as nn
+import moefuse
 import numpy as np
 import pytest
-
-import moefuse
 
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 BITS = {mx.bfloat16: mx.uint16, mx.float16: mx.uint16, mx.float32: mx.uint32}
