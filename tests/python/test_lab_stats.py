@@ -63,6 +63,7 @@ def test_noise_interval_is_symmetric_and_holds_the_original():
         ({"memory": (20.0, 20.6)}, "reject", "memory"),
         ({"memory": (20.0, 20.4)}, "promote", "identical"),
         ({"quick": True}, "hold", "performance: gain seen"),
+        ({"quick": True, "gains": {"short": SLOW}}, "hold", "performance: slower"),
         ({"quick": True, "verdict": "fail"}, "reject", "fidelity"),
     ],
 )

@@ -45,7 +45,7 @@ class Plan:
 
 FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
 QUICK_PLAN = Plan(
-    {"short": (48, 2), "long": (64, 1)}, quick=True, prompt_limit=32, extra_tokens=0, chunk=32
+    {"short": (40, 2), "long": (56, 1)}, quick=True, prompt_limit=24, extra_tokens=0, chunk=32
 )
 
 

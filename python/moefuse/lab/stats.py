@@ -69,12 +69,13 @@ def decide(
     base, peak = memory
     if peak - base > MEMORY_SLACK_GB or peak > base * (1 + MEMORY_SLACK_SHARE):
         return "reject", f"memory: peak {peak:.3f} GB against stock's {base:.3f} GB"
+    slower = "hold" if quick else "reject"  # one or two pairs of a length settle nothing
     # A drop that stock also shows against itself is the machine's, not the variant's.
     if prefill_change < -max(PREFILL_SLACK, prefill_noise):
-        return "reject", f"performance: prefill {prefill_change:+.1%}"
+        return slower, f"performance: prefill {prefill_change:+.1%}"
     slow = [k for k, g in gains.items() if g["interval"][1] < g["aa_interval"][0]]
     if slow:
-        return "reject", f"performance: slower than stock ({', '.join(slow)})"
+        return slower, f"performance: slower than stock ({', '.join(slow)})"
     flat = [k for k, g in gains.items() if g["interval"][0] <= g["aa_interval"][1]]
     if flat:
         return "hold", f"performance: no gain beyond the A/A interval ({', '.join(flat)})"
