@@ -151,6 +151,15 @@ def test_generate_command(name):
     assert len(stock.strip()) > 10
 
 
+@pytest.mark.parametrize("command_name", ["generate", "server"])
+def test_the_commands_patch_what_they_load(command_name):
+    with patched_loaders(command_name) as module:
+        model = module.load(str(ROOT / "models" / MODELS[0]))[0]
+        assert all("_moefuse" in block.__dict__ for block in blocks(model))
+    model = module.load(str(ROOT / "models" / MODELS[0]))[0]
+    assert not any("_moefuse" in block.__dict__ for block in blocks(model))
+
+
 def test_unknown_command_is_named():
     done = subprocess.run(
         [sys.executable, "-m", "moefuse.mlx_lm", "fly"],
