@@ -20,6 +20,7 @@ import moefuse
 import pytest
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from moefuse.mlx_lm import patched_loaders
 from patch_support import blocks
 
 ROOT = Path(__file__).parents[2]
