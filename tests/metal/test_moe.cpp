@@ -156,6 +156,14 @@ TEST(Router, LogitsPutNanOnTop) {
   EXPECT_EQ(indices.values(), (std::vector<uint>{39, 2, 4, 9}));
 }
 
+TEST(Router, LogitsTieZerosOfEitherSign) {
+  std::vector<float> row(40, -5.0f);
+  row[9] = 0.0f;
+  row[20] = -0.0f;
+  auto [indices, weights] = run_softmax_router<RouterParams<float, 40, 2, true, true>>(row);
+  EXPECT_EQ(indices.values(), (std::vector<uint>{9, 20}));
+}
+
 template <class P>
 auto run_sigmoid_router(const std::vector<float>& logits, const std::vector<float>& bias_values,
                         float scale) {
