@@ -38,11 +38,6 @@ T stock_sigmoid(T x) {
   return static_cast<T>(static_cast<float>(x) < 0.0f ? y : 1.0f - y);
 }
 
-template <class T>
-T stock_swiglu(T gate, T up) {
-  return static_cast<T>(static_cast<T>(gate * stock_sigmoid(gate)) * up);
-}
-
 // Calls f with a value of the C++ type that an MLX floating dtype stands for.
 template <class F>
 void with_float_type(mlx::core::Dtype dtype, F&& f) {
