@@ -15,6 +15,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 namespace mx = mlx::core;
 
+void bind_decoder(nb::module_& m);  // _decoder.cpp
+
 namespace {
 
 using Experts = std::tuple<mx::array, mx::array, mx::array>;  // weight, scales, biases
@@ -135,6 +137,7 @@ NB_MODULE(_core, m) {
   bind_combine(m);
   bind_experts(m);
   bind_gather_qmm_swiglu(m);
+  bind_decoder(m);
   m.def("op_counters", &moefuse::op_counters,
         "How often each op was evaluated since the process began, keyed 'op/arithmetic'.");
   m.def("cpu_isa", &moefuse::cpu_isa, "The CPU instruction set in use, for example 'avx512'.");

@@ -7,6 +7,8 @@
 #include "cpu/exact.inl"
 #include "cpu/grid.inl"
 #include "cpu/swiglu.inl"
+// Needs swiglu.inl's exponential.
+#include "cpu/attention.inl"
 
 namespace moefuse::cpu {
 
@@ -24,6 +26,10 @@ const Kernels MOEFUSE_TABLE(MOEFUSE_ISA) = {
     .prepare = prepare,
     .qmv = qmv,
     .swiglu = swiglu,
+    .dots = dots,
+    .weighted_sum = weighted_sum,
+    .exponentials = exponentials,
+    .rms_norm = rms_norm,
 };
 
 }  // namespace moefuse::cpu

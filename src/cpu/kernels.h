@@ -38,6 +38,14 @@ struct CombineArgs {
   int k;
 };
 
+// Rows [rows, dim], `stride` elements from one to the next.
+struct RowsArgs {
+  const void* data;
+  Dtype dtype;
+  int64_t stride;
+  int rows, dim;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -64,6 +72,20 @@ struct Kernels {
   // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i] in fp32, within 4 units in the last place.
   // out may be gate or up.
   void (*swiglu)(const float* gate, const float* up, float* out, int n);
+
+  // The rest serves the decode step; src/cpu/attention.inl has the error bounds.
+  // out[h * out_stride + j] = q [heads, dim] of head h . row j. exact: k ascending, product and sum
+  // rounded apart in fp32, as stock MLX multiplies halves; otherwise fused, in lanes.
+  void (*dots)(bool exact, const RowsArgs& rows, const float* q, int heads, float* out,
+               int64_t out_stride);
+  // out[h, d] = sum over j of weights[h * weights_stride + j] * row j [d], j ascending; exact:
+  // nothing fused.
+  void (*weighted_sum)(bool exact, const RowsArgs& rows, const float* weights, int heads,
+                       int64_t weights_stride, float* out);
+  // *top = the largest score, scores[j] = exp(scores[j] - *top); returns their sum.
+  float (*exponentials)(float* scores, int n, float* top);
+  // out = x / sqrt(mean(x^2) + eps) * weight over n values. out may be x.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
 };
 
 // The table for the best instruction set that this processor has; MOEFUSE_ISA names another one

@@ -1,10 +1,10 @@
 #include "cpu/moe_experts.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/slots.h"
 
 namespace moefuse::cpu {
 
@@ -17,31 +17,6 @@ constexpr int kBlock = 64;
 int64_t itemsize(Dtype dtype) {
   return dtype == Dtype::float32 ? 4 : 2;
 }
-
-// Slots (one row's one expert) that share an expert, neighbours in the sorted order: their vectors
-// go through the expert's weights in one pass.
-struct Group {
-  uint32_t expert;
-  int begin, end;
-};
-
-struct Slots {
-  std::vector<int> order;     // slot at each sorted position
-  std::vector<int> position;  // sorted position of each slot
-  std::vector<Group> groups;
-
-  Slots(const uint32_t* expert, int n) : order(n), position(n) {
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [=](int a, int b) { return expert[a] < expert[b]; });
-    for (int p = 0; p < n; ++p) {
-      position[order[p]] = p;
-      if (p == 0 || expert[order[p]] != groups.back().expert)
-        groups.push_back({expert[order[p]], p, p});
-      groups.back().end = p + 1;
-    }
-  }
-};
 
 // The activation vectors that go into one product, laid out as its kernel wants them.
 class Vectors {

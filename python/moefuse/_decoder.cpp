@@ -1,0 +1,90 @@
+// The Python face of include/moefuse/{model,decoder}.h, for moefuse/step.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unordered_map.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "moefuse/decoder.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace mx = mlx::core;
+
+namespace {
+
+using Row = std::tuple<uint32_t, int, int, int, int>;
+
+// The very arrays behind Python's, because a step writes into their buffers.
+std::vector<moefuse::LayerCache> layer_caches(const nb::list& keys, const nb::list& values) {
+  if (keys.size() != values.size())
+    throw std::invalid_argument("[step] values: expected one for each of keys, got another number");
+  std::vector<moefuse::LayerCache> caches;
+  for (size_t i = 0; i < keys.size(); ++i)
+    caches.push_back({nb::cast<mx::array&>(keys[i]), nb::cast<mx::array&>(values[i])});
+  return caches;
+}
+
+mx::array step(moefuse::Decoder& decoder, const std::vector<Row>& rows, const nb::list& keys,
+               const nb::list& values) {
+  std::vector<moefuse::StepRow> list;
+  for (const auto& [token, sequence, position, first, slot] : rows)
+    list.push_back({token, sequence, position, first, slot});
+  auto caches = layer_caches(keys, values);
+  nb::gil_scoped_release release;
+  return decoder.step(list, caches);
+}
+
+nb::list stages(const moefuse::Decoder& decoder) {
+  nb::list list;
+  for (const moefuse::StageInfo& s : decoder.stages()) {
+    nb::dict stage;
+    stage["name"] = s.name;
+    stage["layer"] = s.layer;
+    stage["shape"] = s.shape;
+    stage["weight_bytes"] = s.weight_bytes;
+    stage["calls"] = s.calls;
+    stage["seconds"] = s.seconds;
+    list.append(stage);
+  }
+  return list;
+}
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+  m.attr("MAX_ROWS") = moefuse::kMaxRows;
+  nb::class_<moefuse::Decoder>(m, "Decoder",
+                               "The whole decode step of one model; see moefuse/decoder.h.")
+      .def(
+          "__init__",
+          [](moefuse::Decoder* self, const std::string& config, const moefuse::Weights& weights,
+             const std::string& accumulate) {
+            new (self) moefuse::Decoder({moefuse::parse_config(config), weights},
+                                        moefuse::accumulate_from(accumulate));
+          },
+          "config"_a, "weights"_a, "accumulate"_a,
+          "config: the text of a config.json; weights: arrays by mlx-lm's names, not copied.")
+      .def("step", &step, "rows"_a, "keys"_a, "values"_a,
+           "rows: (token, sequence, position, first, slot); keys and values: a cache's arrays, one "
+           "for each layer, written in place. Returns logits [rows, vocab_size].")
+      .def_prop_ro(
+          "cache_shape",
+          [](const moefuse::Decoder& d) {
+            const auto [heads, key, value] = d.cache_shape();
+            return std::make_tuple(heads, key, value);
+          },
+          "(kv_heads, key_dim, value_dim) of a layer's cache.")
+      .def_prop_ro("dtype", &moefuse::Decoder::dtype, "Of the model's activations and caches.")
+      .def_prop_ro("max_position_embeddings",
+                   [](const moefuse::Decoder& d) { return d.config().max_position_embeddings; })
+      .def("stages", &stages, "What runs, in order: name, layer, shape, weight_bytes, times.");
+  m.def(
+      "writable",
+      [](const mx::array& a) {
+        return a.is_available() && a.is_donatable() && a.flags().row_contiguous;
+      },
+      "Whether nobody else refers to the array's buffer, so that it may be written in place.");
+}

@@ -1,0 +1,180 @@
+"""The whole decode step under mlx-lm: model(inputs, cache) of one token a row in one C++ call.
+
+The step works on the model's own arrays and writes keys and values into the buffers of mlx-lm's own
+caches, so that a prompt processed by MLX continues here and back. What it does not take (prompts,
+quantised or rotating caches, more rows than it has room for) goes through the stock model, counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+from collections import Counter
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from . import _core
+
+log = logging.getLogger("moefuse")
+
+GROWTH = 256  # slots by which a cache grows at least; from there on an eighth of its length
+
+
+class Step:
+    """What attach() put on a model: counts its calls and fallbacks, and can be taken off."""
+
+    def __init__(self, model, accumulate: str):
+        self.model, self.accumulate = model, accumulate
+        self.stock = type(model)
+        self.calls: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self._told: set[str] = set()
+        self._seen: list[tuple] = []
+        self._decoder = None
+        self.cache_types = _cache_types()
+
+    def __deepcopy__(self, memo) -> Step:
+        """A copied model gets a step of its own, on its own arrays."""
+        copied = Step.__new__(Step)
+        copied.__dict__.update(self.__dict__, _seen=[], _decoder=None)
+        copied.model = memo.get(id(self.model), self.model)
+        return copied
+
+    @property
+    def decoder(self):
+        """The C++ decoder of the model's present arrays, built anew when one was replaced."""
+        if self._decoder is None or any(holder.get(key) is not a for holder, key, a in self._seen):
+            self._seen = _places(self.model)
+            weights = dict(tree_flatten(self.model.parameters()))
+            self._decoder = _core.Decoder(_config(self.model), weights, self.accumulate)
+        return self._decoder
+
+    def detach(self) -> None:
+        """Give the model its class back."""
+        self.model.__class__ = self.stock
+        del self.model.__dict__["_moefuse_step"]
+        self._decoder, self._seen = None, []
+
+    def fell(self, reason: str, expected: bool = False) -> None:
+        text = f"step: {reason}"
+        self.fallbacks[text] += 1
+        if text not in self._told:
+            self._told.add(text)
+            level = logging.INFO if expected else logging.WARNING
+            log.log(level, "stock path instead of the fused one: %s", text)
+
+    def refusal(self, inputs, cache, extra) -> tuple[str, bool] | None:
+        """Why a call is not the step's, and whether that is a part of normal use."""
+        if self.model.training:
+            return "training mode", True
+        if extra:
+            return f"called with {', '.join(sorted(extra))}", False
+        if cache is None:
+            return "called without a cache", True
+        if inputs.ndim != 2 or inputs.shape[1] != 1:
+            return "more than one token a row (a prompt)", True
+        if inputs.shape[0] > _core.MAX_ROWS:
+            return f"more than {_core.MAX_ROWS} rows", False
+        if mx.default_device() != mx.cpu:
+            return "no executor for this device", False
+        for c in cache:
+            if type(c) not in self.cache_types:
+                return f"a {type(c).__name__}", False
+        return None
+
+
+def _cache_types() -> tuple[type, ...]:
+    caches = importlib.import_module("mlx_lm.models.cache")
+    return caches.KVCache, caches.BatchKVCache
+
+
+def _config(model) -> str:
+    """config.json's text again, from mlx-lm's own arguments of the model."""
+    return json.dumps(dataclasses.asdict(model.args))
+
+
+def _places(model) -> list[tuple]:
+    """(module, name, array) of every parameter."""
+    return [
+        (module, name, value)
+        for _, module in model.named_modules()
+        for name, value in module.items()
+        if isinstance(value, mx.array)
+    ]
+
+
+def _filled(cache) -> int:
+    """Slots in use: the next token's slot."""
+    return cache._idx if hasattr(cache, "_idx") else cache.offset
+
+
+def _make_room(cache, rows: int, shape: tuple[int, int, int], dtype) -> None:
+    """Arrays that nobody else shares, with a free slot."""
+    filled, (heads, *dims) = _filled(cache), shape
+    for name, dim in zip(("keys", "values"), dims, strict=True):
+        array = getattr(cache, name)
+        if array is not None and array.shape[2] > filled and _core.writable(array):
+            continue
+        more = max(GROWTH, filled // 8 // GROWTH * GROWTH)
+        room = filled // GROWTH * GROWTH + more - filled
+        empty = mx.zeros((rows, heads, room, dim), dtype)
+        old = [] if array is None else [array[..., :filled, :]]
+        del array
+        grown = mx.concatenate([*old, empty], axis=2)
+        mx.eval(grown)
+        setattr(cache, name, grown)
+
+
+def _rows(tokens: list[int], cache) -> list[tuple[int, int, int, int, int]]:
+    """(token, sequence, position, first, slot) of each row."""
+    slot = _filled(cache)
+    if hasattr(cache, "_idx"):
+        firsts, positions = cache.left_padding.tolist(), cache.offset.tolist()
+    else:
+        firsts, positions = [0] * len(tokens), [slot] * len(tokens)
+    return [
+        (token, row, positions[row], firsts[row], slot) for row, token in enumerate(tokens)
+    ]
+
+
+def _advance(caches, rows: list[tuple[int, int, int, int, int]]) -> None:
+    for c in caches:
+        if hasattr(c, "_idx"):
+            c._idx += 1
+            c.offset = mx.array([position + 1 for _, _, position, _, _ in rows])
+        else:
+            c.offset += 1
+
+
+def _call(model, inputs, cache=None, **extra):
+    """__call__ of a stepping model."""
+    step: Step = model._moefuse_step
+    extra = {name: value for name, value in extra.items() if value is not None}
+    if (refusal := step.refusal(inputs, cache, extra)) is not None:
+        step.fell(*refusal)
+        return step.stock.__call__(model, inputs, cache, **extra)
+    decoder = step.decoder
+    rows = _rows(inputs.reshape(-1).tolist(), cache[0])
+    for c in cache:
+        _make_room(c, len(rows), decoder.cache_shape, decoder.dtype)
+    logits = decoder.step(rows, [c.keys for c in cache], [c.values for c in cache])
+    _advance(cache, rows)
+    step.calls["step"] += 1
+    return mx.expand_dims(logits, 1)
+
+
+def attach(model, accumulate: str) -> Step:
+    """Make `model` decode through the step until detach().
+
+    accumulate: "exact", "fp32_no_fma" or "fp32". Raises ValueError naming the tensor or field that
+    the step cannot take; the model is unchanged then.
+    """
+    step = Step(model, accumulate)
+    step.decoder  # noqa: B018 - refuses what it cannot take before anything changes
+    names = {"__call__": _call, "__module__": step.stock.__module__, "__doc__": step.stock.__doc__}
+    model._moefuse_step = step
+    model.__class__ = type(step.stock.__name__, (step.stock,), names)
+    return step
