@@ -11,12 +11,14 @@ FUNC Floats<ROWS> swiglu_rows(Affine<W, S> gate, Affine<W, S> up, uint row, uint
     UNROLL for (int r = 0; r < ROWS; ++r) {
       uint n = row + r < last ? row + r : last;
       uint word = n * (cols * BITS / 32) + k * BITS / 32, scale = n * (cols / GROUP) + k / GROUP;
-      float rest = fma_rn(float(gate.biases[scale]), e.sum, g.v[r]);
+      float rest = mul_rn(float(gate.biases[scale]), e.sum);
       Words<BITS / 4> q = load_words<BITS / 4>(gate.weight, word);
-      g.v[r] = fma_rn(float(gate.scales[scale]), dot_eight<BITS>(q, e), rest);
-      rest = fma_rn(float(up.biases[scale]), e.sum, u.v[r]);
+      rest = fma_rn(float(gate.scales[scale]), dot_eight<BITS>(q, e), rest);
+      g.v[r] = add_rn(g.v[r], rest);
+      rest = mul_rn(float(up.biases[scale]), e.sum);
       q = load_words<BITS / 4>(up.weight, word);
-      u.v[r] = fma_rn(float(up.scales[scale]), dot_eight<BITS>(q, e), rest);
+      rest = fma_rn(float(up.scales[scale]), dot_eight<BITS>(q, e), rest);
+      u.v[r] = add_rn(u.v[r], rest);
     }
   }
   UNROLL for (int r = 0; r < ROWS; ++r) {
