@@ -76,6 +76,11 @@ bool available() {
   return backend() != nullptr || mx::metal::is_available();
 }
 
+bool serves(mx::StreamOrDevice s) {
+  if (backend() != nullptr) return true;
+  return mx::metal::is_available() && mx::to_stream(s).device == mx::Device::gpu;
+}
+
 void set_backend(Backend b) {
   backend() = std::move(b);
 }

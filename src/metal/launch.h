@@ -29,8 +29,12 @@ struct Call {
   int threads;  // of a threadgroup, one dimension
 };
 
-// True where MLX has a Metal device.
+// True where MLX has a Metal device, or a test's backend stands in.
 bool available();
+
+// True where ops on this stream run the Metal kernels: its device is a GPU and MLX's GPU is Metal.
+// While a test's backend stands in, every stream is such a stream.
+bool serves(mx::StreamOrDevice s);
 
 // The outputs, not yet evaluated. The node is built once for each combination of kernel, template
 // arguments, dtypes and grid, and used again. Throws std::runtime_error without a Metal device.

@@ -49,17 +49,28 @@ mx::array batch_indices(const mx::array& a, mx::StreamOrDevice s) {
 
 }  // namespace
 
+std::string combine_refusal(const mx::array& y) {
+  if (y.size() == 0) return "no rows";
+  if (y.size() >= (size_t{1} << 32)) return "2^32 elements or more";
+  return "";
+}
+
 std::string router_refusal(const mx::array& logits, const RouterOptions& options) {
+  if (logits.size() == 0) return "no rows";
   if (options.n_group > 1) return "n_group > 1";
   if (logits.shape(-1) > 1024) return "more than 1024 experts";
   return "";
 }
 
-std::string experts_refusal(const QuantizedExperts& experts, int k) {
-  // Fewer than 8 elements come in constant memory, which the vector loads do not read; offsets are
-  // 32 bits wide.
-  if (experts.weight.size() < 8 || experts.scales.size() < 8) return "fewer than 8 weights";
-  if (experts.weight.size() >= (size_t{1} << 32)) return "2^32 words of weights or more";
+std::string experts_refusal(const mx::array& x, const std::vector<QuantizedExperts>& stacks,
+                            int k) {
+  if (x.size() == 0 || k == 0) return "no rows";
+  for (const auto& experts : stacks) {
+    // Fewer than 8 elements come in constant memory, which the vector loads do not read; offsets
+    // are 32 bits wide.
+    if (experts.weight.size() < 8 || experts.scales.size() < 8) return "fewer than 8 weights";
+    if (experts.weight.size() >= (size_t{1} << 32)) return "2^32 words of weights or more";
+  }
   if (k > 16) return "more than 16 experts a row";
   return "";
 }

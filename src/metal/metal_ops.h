@@ -9,14 +9,18 @@
 // kernel cannot throw.
 #pragma once
 
+#include <vector>
+
 #include "moefuse/ops.h"
 
 namespace moefuse::metal {
 
 // Why a kernel does not take these arguments; empty when it does. The caller then uses the stock
 // graph and counts it.
+std::string combine_refusal(const mx::array& y);
 std::string router_refusal(const mx::array& logits, const RouterOptions& options);
-std::string experts_refusal(const QuantizedExperts& experts, int k);
+std::string experts_refusal(const mx::array& x, const std::vector<QuantizedExperts>& stacks,
+                            int k = 1);
 
 std::pair<mx::array, mx::array> moe_router(const mx::array& logits, int k,
                                            const RouterOptions& options,

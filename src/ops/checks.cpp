@@ -4,6 +4,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "metal/launch.h"
+
 namespace moefuse {
 
 namespace {
@@ -116,10 +118,12 @@ void count(const std::string& op, const std::string& how) {
   ++counters()[op + "/" + how];
 }
 
-bool has_kernel(const std::string& op, mx::StreamOrDevice s) {
-  if (mx::to_stream(s).device == mx::Device::cpu) return true;
-  count(op, "stock: no kernel for this GPU");
-  return false;
+Path choose_path(const std::string& op, mx::StreamOrDevice s, const std::string& metal_refusal) {
+  const bool on_metal = metal::serves(s);
+  if (on_metal && metal_refusal.empty()) return Path::metal;
+  if (!on_metal && mx::to_stream(s).device == mx::Device::cpu) return Path::cpu;
+  count(op, "stock: " + (on_metal ? metal_refusal : "no kernel for this GPU"));
+  return Path::stock;
 }
 
 std::map<std::string, int64_t> op_counters() {

@@ -49,8 +49,12 @@ void check_indices(const std::string& op, const uint32_t* indices, int64_t size,
 
 void count(const std::string& op, const std::string& how);
 
-// True where the fused kernel of this op exists for the stream's device; otherwise counts one
-// stock stand-in.
-bool has_kernel(const std::string& op, mx::StreamOrDevice s);
+// What runs an op on the stream's device.
+enum class Path : uint8_t { cpu, metal, stock };
+
+// metal_refusal: why the Metal kernel would not take the arguments, empty when it would. Counts one
+// stock stand-in where the answer is stock. A Metal op counts itself when its node is made, a CPU
+// op when it is evaluated.
+Path choose_path(const std::string& op, mx::StreamOrDevice s, const std::string& metal_refusal);
 
 }  // namespace moefuse

@@ -1,6 +1,7 @@
 #include <numeric>
 #include <vector>
 
+#include "metal/metal_ops.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/checks.h"
 #include "ops/stock.h"
@@ -85,9 +86,15 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
     fail(kOp, "x", "a last axis of gate's K " + std::to_string(g.cols), describe(x.shape()));
   for (const auto* indices : {&lhs_indices, &rhs_indices})
     if (*indices) check_integer(kOp, "indices", **indices);
-  if (!has_kernel(kOp, s))
+  const Path path = choose_path(kOp, s, metal::experts_refusal(x, {gate, up}));
+  if (path == Path::stock)
     return stock::gather_qmm_swiglu(x, gate, up, lhs_indices, rhs_indices, transpose, group_size,
                                     bits, mode, s);
+  if (path == Path::metal) {
+    count(kOp, to_string(accumulate));
+    return metal::gather_qmm_swiglu(x, gate, up, lhs_indices, rhs_indices, group_size, bits,
+                                    accumulate, s);
+  }
 
   auto pair = mx::broadcast_arrays({lhs_indices ? *lhs_indices : batch_indices(batch_of(x), s),
                                     rhs_indices ? *rhs_indices : batch_indices({g.experts}, s)},

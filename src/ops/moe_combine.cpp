@@ -1,6 +1,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "metal/metal_ops.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/checks.h"
 #include "ops/stock.h"
@@ -66,7 +67,12 @@ mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::arr
   auto shape = y.shape();
   shape.pop_back();
   check_shape(kOp, "weights", weights, shape);
-  if (!has_kernel(kOp, s)) return stock::moe_combine(y, weights, accumulate, s);
+  const Path path = choose_path(kOp, s, metal::combine_refusal(y));
+  if (path == Path::stock) return stock::moe_combine(y, weights, accumulate, s);
+  if (path == Path::metal) {
+    count(kOp, to_string(accumulate));
+    return metal::moe_combine(y, weights, accumulate, s);
+  }
   shape.back() = y.shape(-1);
   if (accumulate == Accumulate::exact && y.dtype() != weights.dtype())
     accumulate = Accumulate::fp32_no_fma;  // the promoted dtype is fp32: the same bits

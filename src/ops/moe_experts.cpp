@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "metal/metal_ops.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/checks.h"
 #include "ops/stock.h"
@@ -103,8 +104,13 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
   shape.back() = k;
   check_shape(kOp, "indices", indices, shape);
   check_shape(kOp, "weights", weights, shape);
-  if (!has_kernel(kOp, s))
+  const Path path = choose_path(kOp, s, metal::experts_refusal(x, {gate, up, down}, k));
+  if (path == Path::stock)
     return stock::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
+  if (path == Path::metal) {
+    count(kOp, to_string(accumulate));
+    return metal::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
+  }
 
   shape.back() = down.weight.shape(1);
   const Setup setup = {accumulate, weights.dtype() != x.dtype(), group_size, bits};

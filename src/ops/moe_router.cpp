@@ -1,4 +1,5 @@
 #include "cpu/moe_router.h"
+#include "metal/metal_ops.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/checks.h"
 #include "ops/stock.h"
@@ -99,7 +100,12 @@ std::pair<mx::array, mx::array> moe_router_argpartition_logits_topk(
     check_float(kOp, "correction_bias", *correction_bias);
     check_shape(kOp, "correction_bias", *correction_bias, {experts});
   }
-  if (!has_kernel(kOp, s)) return stock::moe_router(logits, k, options, correction_bias, s);
+  const Path path = choose_path(kOp, s, metal::router_refusal(logits, options));
+  if (path == Path::stock) return stock::moe_router(logits, k, options, correction_bias, s);
+  if (path == Path::metal) {
+    count(kOp, options.mode == RouterMode::exact ? "exact" : "logits");
+    return metal::moe_router(logits, k, options, correction_bias, s);
+  }
 
   auto shape = logits.shape();
   shape.back() = k;

@@ -215,9 +215,68 @@ TEST(MetalHost, RefusalsNameTheirReason) {
   EXPECT_EQ(metal::router_refusal(mx::zeros({1, 64}), groups), "n_group > 1");
   EXPECT_EQ(metal::router_refusal(mx::zeros({1, 2048}), {}), "more than 1024 experts");
   Stack<float> small(1, 1, 32, 4, 32), good(2, 8, 32, 4, 32);
-  EXPECT_EQ(metal::experts_refusal(experts_of(small, 1), 2), "fewer than 8 weights");
-  EXPECT_EQ(metal::experts_refusal(experts_of(good, 2), 17), "more than 16 experts a row");
-  EXPECT_EQ(metal::experts_refusal(experts_of(good, 2), 16), "");
+  const mx::array x = mx::zeros({1, 32});
+  EXPECT_EQ(metal::experts_refusal(x, {experts_of(good, 2), experts_of(small, 1)}, 2),
+            "fewer than 8 weights");
+  EXPECT_EQ(metal::experts_refusal(x, {experts_of(good, 2)}, 17), "more than 16 experts a row");
+  EXPECT_EQ(metal::experts_refusal(x, {experts_of(good, 2)}, 16), "");
+  EXPECT_EQ(metal::experts_refusal(mx::zeros({0, 32}), {experts_of(good, 2)}, 16), "no rows");
+  EXPECT_EQ(metal::combine_refusal(mx::zeros({0, 2, 8})), "no rows");
+  EXPECT_EQ(metal::combine_refusal(mx::zeros({1, 2, 8})), "");
+}
+
+// What the public ops do on a Metal device: the kernel, or the stock graph with its reason counted.
+TEST(MetalHost, PublicOpsTakeTheKernelsAndCountThem) {
+  emulated::Backend backend;
+  ADD_KERNEL(backend, moe_router_softmax, QwenRouter, .rows = 6);
+  ADD_KERNEL(backend, moe_combine, Combine<1>, .rows = 2);
+  ADD_KERNEL(backend, moe_experts_gate_up, Experts<1>, .rows = 3);
+  ADD_KERNEL(backend, moe_experts_down, Experts<1>, .rows = 3);
+  ADD_KERNEL(backend, gather_qmm_swiglu, Gather, .batches = 2);
+  Emulated guard(backend);
+  auto before = moefuse::op_counters();
+  auto counted = [&](const std::string& key) { return moefuse::op_counters()[key] - before[key]; };
+  const mx::array logits = mx::random::normal({6, 48}, mx::bfloat16);
+  moefuse::moe_router_argpartition_logits_topk(logits, 8);
+  moefuse::moe_combine_weighted_sum_fp32_no_fma(mx::ones({2, 3, 70}, mx::bfloat16),
+                                                mx::ones({2, 3}, mx::bfloat16));
+  Stack<float> gate(5, 64, 96, 4, 32), up(5, 64, 96, 4, 32), down(5, 20, 64, 4, 32);
+  const mx::array chosen = mx::zeros({3, 2}, mx::uint32);
+  moefuse::moe_gather_qmm_swiglu_downproj_combine(mx::ones({3, 96}), experts_of(gate, 5),
+                                                  experts_of(up, 5), experts_of(down, 5), chosen,
+                                                  mx::ones({3, 2}), Accumulate::fp32_no_fma, 32, 4);
+  Stack<float> small_gate(3, 12, 32, 8, 32), small_up(3, 12, 32, 8, 32);
+  const mx::array one = mx::array({1, 0}), two = mx::array({2, 1});
+  moefuse::gather_qmm_swiglu(mx::ones({2, 2, 32}), experts_of(small_gate, 3),
+                             experts_of(small_up, 3), one, two, true, 32, 8);
+  EXPECT_EQ(backend.dispatched,
+            (std::vector<std::string>{"moe_router_softmax", "moe_combine", "moe_experts_gate_up",
+                                      "moe_experts_down", "gather_qmm_swiglu"}));
+  EXPECT_EQ(counted("moe_router_argpartition_logits_topk/exact"), 1);
+  EXPECT_EQ(counted("moe_combine_weighted_sum_fp32_no_fma/fp32_no_fma"), 1);
+  EXPECT_EQ(counted("moe_gather_qmm_swiglu_downproj_combine/fp32_no_fma"), 1);
+  EXPECT_EQ(counted("gather_qmm_swiglu/exact"), 1);
+}
+
+TEST(MetalHost, PublicOpsFallBackToTheStockGraphWithAReason) {
+  emulated::Backend backend;
+  Emulated guard(backend);
+  moefuse::RouterOptions groups;
+  groups.scoring = moefuse::Scoring::sigmoid;
+  groups.n_group = 4;
+  groups.topk_group = 2;
+  const mx::array logits = mx::random::normal({2, 16});
+  auto before = moefuse::op_counters();
+  auto [indices, weights] = moefuse::moe_router_argpartition_logits_topk(logits, 4, groups);
+  mx::eval(indices, weights);
+  const std::string key = "moe_router_argpartition_logits_topk/stock: n_group > 1";
+  EXPECT_EQ(moefuse::op_counters()[key] - before[key], 1);
+  EXPECT_TRUE(backend.dispatched.empty());
+}
+
+TEST(MetalHost, WithoutMetalACpuStreamIsTheCpus) {
+  if (mx::metal::is_available()) GTEST_SKIP() << "this machine has a Metal device";
+  EXPECT_FALSE(metal::serves(mx::Device::cpu));
 }
 
 // fast::metal_kernel finds attributes, and a wish for shapes and strides, by name in the body.
