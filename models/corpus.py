@@ -61,7 +61,6 @@ PACKAGES = {
     "python-pymongo-doc": "Apache-2.0",
     "python-pytest-doc": "MIT",
     "python-requests-doc": "Apache-2.0",
-    "python-setuptools-doc": "MIT",
     "python-skimage-doc": "BSD-3-Clause",
     "python-sklearn-doc": "BSD-3-Clause",
     "python-sqlalchemy-doc": "MIT",
@@ -160,8 +159,19 @@ def fetch(packages: Path) -> None:
             subprocess.run(["dpkg", "-x", archive, packages / name], check=True)
 
 
+def without_repeats(text: str, seen: set[bytes]) -> str:
+    """The paragraphs that no page had before: boilerplate taught the models to loop."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        digest = hashlib.sha1(" ".join(paragraph.split()).encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(paragraph)
+    return "\n\n".join(kept).strip() + "\n"
+
+
 def documents(packages: Path) -> list[tuple[str, str]]:
-    """(name, text) of every page, sorted by name, without exact repeats."""
+    """(name, text) of every page, sorted by name, each paragraph once."""
     found, seen = [], set()
     for package in PACKAGES:
         root = packages / package
@@ -174,9 +184,8 @@ def documents(packages: Path) -> list[tuple[str, str]]:
             data = path.read_bytes()
             data = gzip.decompress(data) if name.endswith(".gz") else data
             text = plain_text(data.decode("utf-8", "replace"))
-            digest = hashlib.sha1(text.encode()).digest()
-            if len(text.encode()) >= MIN_BYTES and digest not in seen:
-                seen.add(digest)
+            text = without_repeats(text, seen)
+            if len(text.encode()) >= MIN_BYTES:
                 found.append((name, text))
     return found
 
@@ -206,10 +215,12 @@ def train_tokenizer(texts: list[str], folder: Path):
     tokenizer = Tokenizer(models.BPE())
     # Runs of spaces stay whole (indentation), digits come one at a time.
     words = Regex(r" ?[A-Za-z]+| {2,}(?=\S)|\n+ *|\d| ?[^\sA-Za-z\d]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,

@@ -7,11 +7,8 @@ config.json, tokenizer files) for convert.py, and training.json, the curve. The 
 the wall clock, so a run uses the time it is given; the same seed on another machine takes another
 number of steps.
 
-The last part of the training has two additions. Weights are rounded as MLX's affine quantisation
-rounds them, with the gradient passed straight through, so that the 4-bit checkpoint loses little.
-And one row in eight holds a sentence repeated over and over, whose repetition the model learns to
-find less likely each time (pseudo-repetition training, Xu et al. 2022), because greedy decoding of
-small models otherwise falls into loops.
+In the last part of the training, weights are rounded as MLX's affine quantisation rounds them, with
+the gradient passed straight through, so that the 4-bit checkpoint loses little.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ import torch.nn.functional as F
 from network import CONFIGS, Network
 from safetensors.torch import save_file
 
-REPEAT_DECAY = 0.5  # each repetition should be this much less likely than the one before
 BIAS_RATE = 2e-3  # GLM's correction bias, per step
 
 
@@ -72,43 +68,17 @@ class Rounded:
 
 
 class Batches:
-    """Random windows of the training tokens; on request, rows of repeated sentences."""
+    """Random windows of the training tokens."""
 
     def __init__(self, tokens: torch.Tensor, batch: int, length: int, seed: int):
         self.tokens, self.batch, self.length = tokens, batch, length
         self.random = np.random.default_rng(seed)
 
-    def windows(self, count: int, length: int) -> torch.Tensor:
-        starts = torch.from_numpy(self.random.integers(0, len(self.tokens) - length, count))
-        offsets = starts[:, None] + torch.arange(length)
+    def next(self) -> torch.Tensor:
+        """[batch, length + 1] token ids."""
+        starts = self.random.integers(0, len(self.tokens) - self.length - 1, self.batch)
+        offsets = torch.from_numpy(starts)[:, None] + torch.arange(self.length + 1)
         return self.tokens[offsets.to(self.tokens.device)]
-
-    def next(self, repeats: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """([batch, length + 1], [(first repeated position, period)] of the last rows)."""
-        ids = self.windows(self.batch, self.length + 1)
-        marks = []
-        for row in range(self.batch - repeats, self.batch):
-            start = int(self.random.integers(1, self.length // 2))
-            period = int(np.exp(self.random.uniform(np.log(4), np.log(160))))
-            sentence = self.windows(1, period)[0]
-            fill = self.length + 1 - start
-            ids[row, start:] = sentence.repeat(fill // period + 1)[:fill]
-            marks.append((start, period))
-        return ids, marks
-
-
-def losses(logits: torch.Tensor, ids: torch.Tensor, marks: list[tuple[int, int]]):
-    """(cross entropy of the plain rows, repetition loss of the marked ones), means in nats."""
-    targets = ids[:, 1:]
-    plain = len(ids) - len(marks)
-    nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    nll = nll.view_as(targets)
-    repeat = nll.new_zeros(())
-    for row, (start, period) in enumerate(marks, plain):
-        p = (-nll[row, start - 1 :]).exp()
-        gap = (p[period:] - REPEAT_DECAY * p[:-period].detach()).abs()
-        repeat = repeat - torch.log1p(-gap.clamp(max=1 - 1e-4)).mean() / len(marks)
-    return nll[:plain].mean(), repeat
 
 
 @torch.no_grad()
@@ -165,8 +135,10 @@ def train(args) -> None:
     network = Network(CONFIGS[args.name], args.dropout).to(device)
     run = torch.compile(network) if args.compile else network
     optimizer = optimizer_for(network, args.lr, device)
-    tokens = [torch.from_numpy(np.load(args.data / f"{n}.npy").astype(np.int64)).to(device)
-              for n in ("train", "heldout")]
+    tokens = [
+        torch.from_numpy(np.load(args.data / f"{n}.npy").astype(np.int64)).to(device)
+        for n in ("train", "heldout")
+    ]
     heldout_bytes = json.loads((args.data / "corpus.json").read_text())["heldout"]["bytes"]
     batches = Batches(tokens[0], args.batch, args.length, args.seed)
 
@@ -184,13 +156,13 @@ def train(args) -> None:
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, marks = batches.next(args.batch // 8 if late else 0)
+        ids = batches.next()
         with Rounded(network, late):
             with cast():
                 logits, aux, shares = run(ids[:, :-1])
-            nll, repeat = losses(logits, ids, marks)
+            nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
             aux_weight = 0.0 if network.config["model_type"] == "glm4_moe_lite" else args.aux
-            (nll + args.repeat_weight * repeat + aux_weight * aux).backward()
+            (nll + aux_weight * aux).backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -198,15 +170,20 @@ def train(args) -> None:
         step += 1
         if progress >= next_report or progress >= 1:
             next_report = progress + 1 / 16
-            row = {"step": step, "seconds": round(time.monotonic() - begin, 1),
-                   "loss": round(nll.item(), 4), "repeat": round(repeat.item(), 4),
-                   "grad_norm": round(norm.item(), 3), "lr": round(rate, 7),
-                   "share_min": round(shares.min().item(), 5),
-                   "share_max": round(shares.max().item(), 5)}
+            row = {
+                "step": step,
+                "seconds": round(time.monotonic() - begin, 1),
+                "loss": round(nll.item(), 4),
+                "grad_norm": round(norm.item(), 3),
+                "lr": round(rate, 7),
+                "share_min": round(shares.min().item(), 5),
+                "share_max": round(shares.max().item(), 5),
+            }
             for key, rounded in (("heldout_bpb", False), ("heldout_bpb_4bit", True)):
                 with Rounded(network, rounded):
                     row[key] = round(
-                        bits_per_byte(network, tokens[1], heldout_bytes, args.length, cast), 4)
+                        bits_per_byte(network, tokens[1], heldout_bytes, args.length, cast), 4
+                    )
             curve.append(row)
             print(args.name, json.dumps(row), flush=True)
             if args.checkpoint and late:
@@ -229,7 +206,6 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--aux", type=float, default=0.02)
     parser.add_argument("--late", type=float, default=0.7, help="progress at which rounding starts")
-    parser.add_argument("--repeat-weight", type=float, default=0.5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true", help="save at every late report")
     train(parser.parse_args())
