@@ -166,12 +166,22 @@ inline Vector load(const void* p) {
 // Elements [first, first + n) of an array, n <= 16, as floats; missing lanes are zero.
 [[maybe_unused]] inline f32x16 load_floats(const void* array, Dtype dtype, int64_t first, int n) {
   if (dtype == Dtype::float32) {
+    const float* from = (const float*)array + first;
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_maskz_loadu_ps((1u << n) - 1, from);
+#else
     f32x16 v{};
-    memcpy(&v, (const float*)array + first, n == kLanes ? 64 : 4 * n);
+    memcpy(&v, from, n == kLanes ? 64 : 4 * n);
     return v;
+#endif
   }
+  const uint16_t* from = (const uint16_t*)array + first;
   u16x16 v{};
-  memcpy(&v, (const uint16_t*)array + first, n == kLanes ? 32 : 2 * n);
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+  v = (u16x16)_mm256_maskz_loadu_epi16((1u << n) - 1, from);
+#else
+  memcpy(&v, from, n == kLanes ? 32 : 2 * n);
+#endif
   return dtype == Dtype::bfloat16 ? widen_bfloat16(v) : widen_half(v);
 }
 
