@@ -1,6 +1,6 @@
 // Attention of a few queries on rows of a cache, and the norm, for the decode step.
 //
-// Bounds, u = 2^-24: a fused dot of dim products |error| <= u (dim / 32 + 6) sum |q row|; a fused
+// Bounds, u = 2^-24: a fused dot of dim products |error| <= u (dim / 16 + 6) sum |q row|; a fused
 // weighted sum of n rows <= u (n + 1) sum |weight row|; the norm <= u (n / 32 + 10) |out|.
 #include "cpu/dialect.h"
 
@@ -26,61 +26,92 @@ void exact_dots(const RowsArgs& a, const float* q, float* out) {
   }
 }
 
-void fused_dots(const RowsArgs& a, const float* q, float* out) {
+// The sums of four vectors' lanes, each in sum_lanes' order.
+inline void sum_lanes4(const f32x16 (&v)[4], float* out, int64_t stride) {
+  const auto halves = [](f32x16 a, f32x16 b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
+                                   31);
+  };
+  const f32x16 a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+  const f32x16 quarters =
+      __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  for (int h = 0; h < 4; ++h)
+    out[h * stride] =
+        (quarters[4 * h] + quarters[4 * h + 2]) + (quarters[4 * h + 1] + quarters[4 * h + 3]);
+}
+
+// kHeads queries in one pass over the rows.
+template <int kHeads>
+void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
   for (int j = 0; j < a.rows; ++j) {
-    f32x16 even{}, odd{};
+    f32x16 sum[kHeads] = {};
     for (int k = 0; k < a.dim; k += kLanes) {
       const int width = a.dim - k < kLanes ? a.dim - k : kLanes;
       const f32x16 x = load_floats(a.data, a.dtype, j * a.stride + k, width);
-      const f32x16 y = load_floats(q, Dtype::float32, k, width);
-      if (k & kLanes)
-        odd = fused(x, y, odd);
-      else
-        even = fused(x, y, even);
+      for (int h = 0; h < kHeads; ++h)
+        sum[h] = fused(x, load_floats(q + h * a.dim, Dtype::float32, k, width), sum[h]);
     }
-    out[j] = sum_lanes(even + odd);
+    if constexpr (kHeads == 4) {
+      sum_lanes4(sum, out + j, out_stride);
+    } else {
+      for (int h = 0; h < kHeads; ++h) out[h * out_stride + j] = sum_lanes(sum[h]);
+    }
   }
 }
 
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
           int64_t out_stride) {
-  for (int h = 0; h < heads; ++h) {
-    if (exact)
-      exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
-    else
-      fused_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
-  }
+  int h = 0;
+  if (exact)
+    for (; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
+  for (; h + 4 <= heads; h += 4) fused_dots<4>(a, q + h * a.dim, out + h * out_stride, out_stride);
+  for (; h < heads; ++h) fused_dots<1>(a, q + h * a.dim, out + h * out_stride, out_stride);
 }
 
-template <bool kExact>
-void weighted_sum_of(const RowsArgs& a, const float* weights, float* out) {
-  constexpr int kVectors = 4;  // vectors of columns that share one pass over the rows
-  for (int d = 0; d < a.dim; d += kVectors * kLanes) {
-    f32x16 sum[kVectors] = {};
-    for (int j = 0; j < a.rows; ++j) {
-      const f32x16 weight = splat(weights[j]);
-      for (int b = 0; b < kVectors; ++b) {
-        const int left = a.dim - d - b * kLanes;
-        if (left <= 0) break;
-        const int64_t at = j * a.stride + d + b * kLanes;
-        const f32x16 x = load_floats(a.data, a.dtype, at, left < kLanes ? left : kLanes);
-        sum[b] = kExact ? sum[b] + weight * x : fused(weight, x, sum[b]);
-      }
+// kHeads sums over sixteen times kVectors columns from `d` on, in one pass over the rows.
+template <bool kExact, int kHeads>
+void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weights_stride, int d,
+                          float* out) {
+  constexpr int kVectors = 4;
+  f32x16 sum[kHeads][kVectors] = {};
+  const int left = a.dim - d;
+  for (int j = 0; j < a.rows; ++j) {
+    f32x16 x[kVectors];
+    for (int b = 0; b < kVectors; ++b) {
+      const int n = left - b * kLanes;
+      x[b] = load_floats(a.data, a.dtype, j * a.stride + d + b * kLanes,
+                         n < 0        ? 0
+                         : n < kLanes ? n
+                                      : kLanes);
     }
-    for (int b = 0; b < kVectors && d + b * kLanes < a.dim; ++b) {
-      const int left = a.dim - d - b * kLanes;
-      memcpy(out + d + b * kLanes, &sum[b], 4 * (left < kLanes ? left : kLanes));
+    for (int h = 0; h < kHeads; ++h) {
+      const f32x16 weight = splat(weights[h * weights_stride + j]);
+      for (int b = 0; b < kVectors; ++b)
+        sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
     }
   }
+  const int count = left < kVectors * kLanes ? left : kVectors * kLanes;
+  for (int h = 0; h < kHeads; ++h) memcpy(out + h * a.dim + d, sum[h], 4 * count);
+}
+
+template <bool kExact, int kHeads>
+void weighted_sums(const RowsArgs& a, const float* weights, int64_t weights_stride, float* out) {
+  for (int d = 0; d < a.dim; d += 4 * kLanes)
+    weighted_sum_columns<kExact, kHeads>(a, weights, weights_stride, d, out);
 }
 
 void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads,
                   int64_t weights_stride, float* out) {
-  for (int h = 0; h < heads; ++h) {
-    const float* w = weights + h * weights_stride;
-    float* y = out + int64_t(h) * a.dim;
-    exact ? weighted_sum_of<true>(a, w, y) : weighted_sum_of<false>(a, w, y);
-  }
+  int h = 0;
+  const auto pass = [&](auto sums) {
+    sums(a, weights + h * weights_stride, weights_stride, out + h * a.dim);
+  };
+  if (exact)
+    for (; h < heads; ++h) pass(weighted_sums<true, 1>);
+  for (; h + 4 <= heads; h += 4) pass(weighted_sums<false, 4>);
+  for (; h < heads; ++h) pass(weighted_sums<false, 1>);
 }
 
 float exponentials(float* scores, int n, float* top) {

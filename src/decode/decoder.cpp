@@ -3,6 +3,7 @@
 #include <variant>
 
 #include "decode/cpu_step.h"
+#include "decode/huge_pages.h"
 #include "ops/checks.h"
 
 namespace moefuse {
@@ -83,6 +84,7 @@ struct Decoder::Impl {
 Decoder::Decoder(const Model& model, Accumulate accumulate) {
   check_geometry(model);
   impl_ = std::make_unique<Impl>(make_plan(model), accumulate);
+  use_huge_pages(model);
 }
 Decoder::~Decoder() = default;
 Decoder::Decoder(Decoder&&) noexcept = default;
