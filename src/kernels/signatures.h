@@ -2,8 +2,8 @@
 // parameters and the buffers in the order in which fast::metal_kernel takes them:
 //   TYPE(name) INT(name) BOOL(name)            template parameters
 //   IN(type, name, count) OUT(type, name, count)   buffers, and how many elements they hold
-// Counts are arithmetic on the template parameters, `rows` (rows of the batch), `batches` and
-// `capacity` (positions that the cache has room for). Weights [E, N, K] hold N * K * BITS / 32
+// Counts are arithmetic on the template parameters, `rows` (rows of the batch), `batches`,
+// `sequences` and `capacity` (of a cache: sequences, and the slots that each has room for). Weights [E, N, K] hold N * K * BITS / 32
 // words an expert, scales and biases N * K / GROUP.
 #pragma once
 
@@ -48,19 +48,21 @@
   AFFINE_IN(gate_, E, I, H) AFFINE_IN(up_, E, I, H) \
   OUT(T, out, batches * M * I)
 
-// x: rows STRIDE apart.
+// x: rows STRIDE apart. Where NK or NV is 0, q's arrays stand in for the matrix that is not there.
 #define NORM_QKV_SIGNATURE \
   TYPE(T) INT(BITS) INT(GROUP) INT(H) INT(STRIDE) INT(NQ) INT(NK) INT(NV) \
-  IN(T, x, (rows - 1) * STRIDE + H) IN(T, norm_weight, H) IN(float, eps, 1) \
-  AFFINE_IN(q_, 1, NQ, H) AFFINE_IN(k_, 1, NK, H) AFFINE_IN(v_, 1, NV, H) \
+  IN(T, x, rows * STRIDE) IN(T, norm_weight, H) IN(float, eps, 1) \
+  AFFINE_IN(q_, 1, NQ, H) AFFINE_IN(k_, 1, NK ? NK : NQ, H) AFFINE_IN(v_, 1, NV ? NV : NQ, H) \
   OUT(T, out, rows*(NQ + NK + NV))
 
-// sizes: cached positions, capacity. rope: (cos, sin) of the newest position for each pair.
+// places: for each row its sequence, the first slot it attends to, the newest's slot, and capacity.
+// rope: (cos, sin) of the newest position for each pair, a row of its own for each row.
 #define ATTENTION_GQA_SIGNATURE \
   TYPE(T) INT(HEADS) INT(KV_HEADS) INT(D) INT(SPLITS) \
   IN(T, qkv, rows*(HEADS + 2 * KV_HEADS) * D) IN(T, q_norm, D) IN(T, k_norm, D) \
-  IN(float, eps, 1) IN(float, scale, 1) IN(float, rope, D) IN(uint, sizes, 2) \
-  IN(T, k_cache, rows * KV_HEADS * capacity * D) IN(T, v_cache, rows * KV_HEADS * capacity * D) \
+  IN(float, eps, 1) IN(float, scale, 1) IN(float, rope, rows * D) IN(uint, places, rows * 4) \
+  IN(T, k_cache, sequences * KV_HEADS * capacity * D) \
+  IN(T, v_cache, sequences * KV_HEADS * capacity * D) \
   OUT(float, partial, rows * HEADS * SPLITS * D) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
 #define ATTENTION_OUT_SIGNATURE \
@@ -79,9 +81,9 @@
   TYPE(T) INT(BITS) INT(GROUP) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) \
   INT(KV_STRIDE) INT(KV_OFFSET) \
   IN(T, q, rows * HEADS*(NOPE + ROPE)) IN(T, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) \
-  IN(float, eps, 1) IN(float, scale, 1) IN(float, rope, ROPE) IN(uint, sizes, 2) \
-  AFFINE_IN(embed_, HEADS, LORA, NOPE) IN(T, latent_cache, rows * capacity * LORA) \
-  IN(T, rope_cache, rows * capacity * ROPE) \
+  IN(float, eps, 1) IN(float, scale, 1) IN(float, rope, rows * ROPE) IN(uint, places, rows * 4) \
+  AFFINE_IN(embed_, HEADS, LORA, NOPE) IN(T, latent_cache, sequences * capacity * LORA) \
+  IN(T, rope_cache, sequences * capacity * ROPE) \
   OUT(float, partial, rows * HEADS * SPLITS * LORA) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
 #define MLA_UNEMBED_SIGNATURE \
@@ -89,6 +91,18 @@
   IN(float, partial, rows * HEADS * SPLITS * LORA) IN(float, stats, rows * HEADS * SPLITS * 2) \
   AFFINE_IN(, HEADS, V, LORA) \
   OUT(T, out, rows * HEADS * V)
+
+#define NORM_GATE_UP_SIGNATURE \
+  TYPE(T) INT(BITS) INT(GROUP) INT(H) INT(I) \
+  IN(T, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 1) AFFINE_IN(gate_, 1, I, H) \
+  AFFINE_IN(up_, 1, I, H) \
+  OUT(T, hidden, rows * I)
+
+// V rows; a token outside gives NaN.
+#define EMBED_SIGNATURE \
+  TYPE(T) INT(BITS) INT(GROUP) INT(V) INT(H) \
+  IN(uint, tokens, rows) AFFINE_IN(, 1, V, H) \
+  OUT(T, out, rows * H)
 
 #define NORM_ROUTER_SOFTMAX_SIGNATURE \
   TYPE(T) INT(BITS) INT(GROUP) INT(H) INT(E) INT(K) BOOL(NORM) \
@@ -125,6 +139,7 @@
   KERNEL(attention_gqa, ATTENTION_GQA_SIGNATURE) \
   KERNEL(attention_mla, ATTENTION_MLA_SIGNATURE) \
   KERNEL(attention_out, ATTENTION_OUT_SIGNATURE) \
+  KERNEL(embed, EMBED_SIGNATURE) \
   KERNEL(gather_qmm_swiglu, GATHER_QMM_SWIGLU_SIGNATURE) \
   KERNEL(linear_residual, LINEAR_RESIDUAL_SIGNATURE) \
   KERNEL(mla_unembed, MLA_UNEMBED_SIGNATURE) \
@@ -136,6 +151,7 @@
   KERNEL(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE) \
   KERNEL(moe_router_sigmoid, MOE_ROUTER_SIGMOID_SIGNATURE) \
   KERNEL(moe_router_softmax, MOE_ROUTER_SOFTMAX_SIGNATURE) \
+  KERNEL(norm_gate_up, NORM_GATE_UP_SIGNATURE) \
   KERNEL(norm_qkv, NORM_QKV_SIGNATURE) \
   KERNEL(norm_router_sigmoid, NORM_ROUTER_SIGMOID_SIGNATURE) \
   KERNEL(norm_router_softmax, NORM_ROUTER_SOFTMAX_SIGNATURE)

@@ -44,6 +44,8 @@ std::vector<KernelText> build_table() {
   KERNEL(moe_combine, MOE_COMBINE_SIGNATURE, kCombine)
   KERNEL(moe_experts_gate_up, MOE_EXPERTS_GATE_UP_SIGNATURE, kExperts)
   KERNEL(moe_experts_down, MOE_EXPERTS_DOWN_SIGNATURE, kDown)
+  KERNEL(embed, EMBED_SIGNATURE, kMath)
+  KERNEL(norm_gate_up, NORM_GATE_UP_SIGNATURE, kNormAffine)
   KERNEL(gather_qmm_swiglu, GATHER_QMM_SWIGLU_SIGNATURE, kExperts)
   KERNEL(norm_qkv, NORM_QKV_SIGNATURE, kNormAffine)
   KERNEL(attention_gqa, ATTENTION_GQA_SIGNATURE, kAttention)

@@ -2,9 +2,9 @@
 // phone-to-Max range, simdgroups of 32, 32 KB of threadgroup memory a group; per core about 208 KB
 // of registers, 1,024 threads at 52 registers each). Argued, not measured:
 //   gate/up: two simdgroups of 4 rows of both matrices. A lane has 8 loads of 4 bytes under way, a
-//     simdgroup 1 KB; some 20 resident simdgroups keep 20 KB under way on a core. 400 GB/s at 1 us
-//     of latency over 32 cores asks for 12.5 KB, 614 GB/s over 40 for 15 KB. nvcc gives
-//     this text 80 registers; at 80 a core still holds those 20 simdgroups.
+//     simdgroup 1 KB. 400 GB/s at 1 us of latency over 32 cores asks for 12.5 KB under way on a
+//     core, 614 GB/s over 40 for 15 KB. nvcc gives this text 96 registers; at 96 a core holds 17
+//     simdgroups, 17 KB.
 //   Qwen3-30B-A3B: 96 x 8 threadgroups, 14.2 MB read; GLM-4.7-Flash: 192 x 5, 17.7 MB.
 //   down: one simdgroup for each expert, so K x 4 rows are under way in one threadgroup and the sum
 //     needs no second dispatch; 512 threadgroups of 8 simdgroups (Qwen), 7.1 MB.

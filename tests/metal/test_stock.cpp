@@ -335,12 +335,12 @@ void compare_attention(const char* what) {
   std::vector<float> turn(D, 0.0f);
   for (size_t i = 0; i < D; i += 2) turn[i] = 1.0f;
   Buffer<float> rope(turn);
-  Buffer<uint> sizes({cached, capacity});
+  Buffer<uint> places({0u, 0u, cached, capacity});
   Buffer<T> keys(uniform_vector<T>(KV * capacity * D, -2.0f, 2.0f)),
       values(uniform_vector<T>(KV * capacity * D, -2.0f, 2.0f));
   auto partial = Buffer<float>::output(HEADS * SPLITS * D);
   auto stats = Buffer<float>::output(HEADS * SPLITS * 2);
-  launch(kernels::attention_gqa<P>{in, q_norm, k_norm, eps, scales, rope, sizes, keys, values,
+  launch(kernels::attention_gqa<P>{in, q_norm, k_norm, eps, scales, rope, places, keys, values,
                                    partial, stats},
          {.capacity = capacity}, {uint(HEADS), SPLITS, 1}, 256, Order::forward);
 
