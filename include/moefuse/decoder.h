@@ -38,14 +38,20 @@ struct StageInfo {
   int layer;             // -1 outside the layers
   int64_t weight_bytes;  // read for one token
   int64_t calls;
-  double seconds;  // over all calls
+  double seconds;  // over all calls; 0 on Metal, where stages are not timed
 };
+
+// True where the default device has an executor: a CPU, or a GPU whose MLX is Metal's.
+bool has_executor();
 
 class Decoder {
  public:
-  // exact: the bits of stock MLX on an x86 CPU, for bfloat16 and float16 models. fp32_no_fma and
-  // fp32: activations in float32 from the embedding to the logits. Refers to the model's arrays,
-  // copies none. Throws std::invalid_argument naming the tensor or field that it cannot take.
+  // For the default device. On a CPU, exact: the bits of stock MLX on x86, for bfloat16 and float16
+  // models; fp32_no_fma and fp32: activations in float32 from the embedding to the logits. On
+  // Metal (emulated, never run on Apple hardware) activations are of the model's dtype, accumulate
+  // is the experts' weighted sum, and a step takes one row of each sequence. Refers to the model's
+  // arrays, copies none. Throws std::invalid_argument naming the tensor or field that it cannot
+  // take.
   Decoder(const Model& model, Accumulate accumulate);
   ~Decoder();
   Decoder(Decoder&&) noexcept;

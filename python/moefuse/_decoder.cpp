@@ -56,6 +56,7 @@ nb::list stages(const moefuse::Decoder& decoder) {
 
 void bind_decoder(nb::module_& m) {
   m.attr("MAX_ROWS") = moefuse::kMaxRows;
+  m.def("has_executor", &moefuse::has_executor, "Whether the default device runs the step.");
   nb::class_<moefuse::Decoder>(m, "Decoder",
                                "The whole decode step of one model; see moefuse/decoder.h.")
       .def(

@@ -78,7 +78,7 @@ class Step:
             return "more than one token a row (a prompt)", True
         if inputs.shape[0] > _core.MAX_ROWS:
             return f"more than {_core.MAX_ROWS} rows", False
-        if mx.default_device() != mx.cpu:
+        if not _core.has_executor():
             return "no executor for this device", False
         for c in cache:
             if type(c) not in self.cache_types:

@@ -4,6 +4,7 @@
 
 #include "decode/cpu_step.h"
 #include "decode/huge_pages.h"
+#include "metal/metal_step.h"
 #include "ops/checks.h"
 
 namespace moefuse {
@@ -25,7 +26,9 @@ struct Decoder::Impl {
   using Executor = std::variant<CpuStep<float>, CpuStep<mx::bfloat16_t>, CpuStep<mx::float16_t>>;
 
   Impl(Plan p, Accumulate accumulate) : plan(std::move(p)), exact(accumulate == Accumulate::exact) {
-    if (!exact)
+    if (metal::serves({}))
+      metal_step = std::make_unique<metal::MetalStep>(plan, accumulate);
+    else if (!exact)
       executor = std::make_unique<Executor>(std::in_place_index<0>, plan, accumulate);
     else if (plan.dtype == mx::bfloat16)
       executor = std::make_unique<Executor>(std::in_place_index<1>, plan, accumulate);
@@ -79,7 +82,12 @@ struct Decoder::Impl {
   Plan plan;
   bool exact;
   std::unique_ptr<Executor> executor;
+  std::unique_ptr<metal::MetalStep> metal_step;  // in the executor's place on a Metal device
 };
+
+bool has_executor() {
+  return metal::serves({}) || mx::default_device() == mx::Device::cpu;
+}
 
 Decoder::Decoder(const Model& model, Accumulate accumulate) {
   check_geometry(model);
@@ -91,6 +99,7 @@ Decoder::Decoder(Decoder&&) noexcept = default;
 
 mx::array Decoder::step(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches) {
   impl_->check(rows, caches);
+  if (impl_->metal_step) return impl_->metal_step->run(rows, caches);
   const int vocab = impl_->plan.config.vocab_size, count = static_cast<int>(rows.size());
   const mx::Dtype dtype = impl_->exact ? impl_->plan.dtype : mx::float32;
   mx::array logits(mx::allocator::malloc(size_t(count) * vocab * dtype.size()),
@@ -115,6 +124,13 @@ CacheShape Decoder::cache_shape() const {
 
 std::vector<StageInfo> Decoder::stages() const {
   std::vector<StageInfo> list;
+  if (impl_->metal_step) {
+    for (const Stage& stage : impl_->plan.stages) {
+      list.push_back(impl_->plan.describe(stage));
+      list.back().calls = impl_->metal_step->calls();
+    }
+    return list;
+  }
   const auto& times =
       std::visit([](const auto& step) -> const std::vector<StageTime>& { return step.times(); },
                  *impl_->executor);

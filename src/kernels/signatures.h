@@ -3,8 +3,8 @@
 //   TYPE(name) INT(name) BOOL(name)            template parameters
 //   IN(type, name, count) OUT(type, name, count)   buffers, and how many elements they hold
 // Counts are arithmetic on the template parameters, `rows` (rows of the batch), `batches`,
-// `sequences` and `capacity` (of a cache: sequences, and the slots that each has room for). Weights [E, N, K] hold N * K * BITS / 32
-// words an expert, scales and biases N * K / GROUP.
+// `sequences` and `capacity` (of a cache: sequences, and the slots that each has room for). Weights
+// [E, N, K] hold N * K * BITS / 32 words an expert, scales and biases N * K / GROUP.
 #pragma once
 
 // clang-format off

@@ -19,6 +19,11 @@ struct Groups {
   int x = 1, y = 1, z = 1;
 };
 
+// Threadgroups of `size` that n elements need.
+inline int blocks(int n, int size) {
+  return (n + size - 1) / size;
+}
+
 struct Call {
   const KernelText* kernel;
   std::vector<mx::array> inputs;

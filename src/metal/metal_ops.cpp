@@ -22,16 +22,6 @@ namespace {
 
 using Arg = mx::fast::TemplateArg;
 
-int blocks(int n, int size) {
-  return (n + size - 1) / size;
-}
-
-// COMBINE of src/kernels/moe_combine.h. In the promoted dtype fp32, exact is fp32_no_fma.
-int combine_steps(Accumulate accumulate, mx::Dtype dtype, mx::Dtype weights) {
-  if (accumulate == Accumulate::fp32) return 2;
-  return accumulate == Accumulate::exact && dtype == weights ? 0 : 1;
-}
-
 mx::array as(const mx::array& a, mx::Dtype dtype, mx::StreamOrDevice s) {
   return mx::astype(a, dtype, s);
 }
@@ -48,6 +38,11 @@ mx::array batch_indices(const mx::array& a, mx::StreamOrDevice s) {
 }
 
 }  // namespace
+
+int combine_steps(Accumulate accumulate, mx::Dtype dtype, mx::Dtype weights) {
+  if (accumulate == Accumulate::fp32) return 2;
+  return accumulate == Accumulate::exact && dtype == weights ? 0 : 1;
+}
 
 std::string combine_refusal(const mx::array& y) {
   if (y.size() == 0) return "no rows";

@@ -15,6 +15,10 @@
 
 namespace moefuse::metal {
 
+// COMBINE of src/kernels/moe_combine.h for values and weights of these dtypes. In the promoted
+// dtype fp32, exact is fp32_no_fma.
+int combine_steps(Accumulate accumulate, mx::Dtype dtype, mx::Dtype weights);
+
 // Why a kernel does not take these arguments; empty when it does. The caller then uses the stock
 // graph and counts it.
 std::string combine_refusal(const mx::array& y);

@@ -1,0 +1,322 @@
+#include "metal/metal_step.h"
+
+#include <cmath>
+#include <set>
+
+#include "metal/metal_ops.h"
+#include "metal/step_limits.h"
+#include "ops/checks.h"
+
+namespace moefuse::metal {
+
+namespace {
+
+using Arg = mx::fast::TemplateArg;
+
+// Stretches of the cache that work on one head at once. Few values: each is a kernel of its own.
+int splits_for(int context) {
+  return context < 1024 ? 4 : context < 4096 ? 8 : 16;
+}
+
+void append(std::vector<mx::array>& inputs, const Matrix& m) {
+  inputs.insert(inputs.end(), {m.weight, m.scales, m.biases});
+}
+
+const char* kernel_of(const Embed&) {
+  return "embed";
+}
+const char* kernel_of(const GroupedProjection&) {
+  return "norm_qkv";
+}
+const char* kernel_of(const GroupedAttention&) {
+  return "attention_gqa";
+}
+const char* kernel_of(const LatentProjection&) {
+  return "norm_qkv";
+}
+const char* kernel_of(const LatentQuery&) {
+  return "norm_qkv";
+}
+const char* kernel_of(const LatentAttention&) {
+  return "attention_mla";
+}
+const char* kernel_of(const LatentOutput&) {
+  return "mla_unembed";
+}
+const char* kernel_of(const OutputProjection&) {
+  return "linear_residual";
+}
+const char* kernel_of(const Router& s) {
+  return s.options.scoring == Scoring::softmax ? "norm_router_softmax" : "norm_router_sigmoid";
+}
+const char* kernel_of(const ExpertsGateUp& s) {
+  return s.shared_gate ? "moe_experts_gate_up_shared" : "moe_experts_gate_up";
+}
+const char* kernel_of(const ExpertsDown& s) {
+  return s.shared_down ? "moe_experts_down_shared" : "moe_experts_down_residual";
+}
+const char* kernel_of(const DenseGateUp&) {
+  return "norm_gate_up";
+}
+const char* kernel_of(const DenseDown&) {
+  return "linear_residual";
+}
+const char* kernel_of(const Head&) {
+  return "norm_qkv";
+}
+
+}  // namespace
+
+// One token's way through the stages: what each hands to the next.
+struct MetalStep::Walk {
+  Walk(MetalStep& step, const std::vector<StepRow>& step_rows,
+       const std::vector<LayerCache>& layer_caches)
+      : owner(step), rows(static_cast<int>(step_rows.size())), caches(layer_caches) {
+    std::vector<uint32_t> ids, where;
+    int context = 0;
+    for (const StepRow& row : step_rows) {
+      ids.push_back(row.token);
+      for (int v : {row.sequence, row.first, row.slot, layer_caches[0].keys.shape(2)})
+        where.push_back(static_cast<uint32_t>(v));
+      positions.push_back(row.position);
+      context = std::max(context, row.slot - row.first + 1);
+    }
+    splits = splits_for(context);
+    tokens = mx::array(ids.begin(), {rows}, mx::uint32);
+    places = mx::array(where.begin(), {rows, 4}, mx::uint32);
+  }
+
+  const mx::array& constant(float v) {
+    return owner.constants_.try_emplace(v, mx::array({v})).first->second;
+  }
+
+  std::vector<mx::array> outputs(const char* name, std::vector<mx::array> inputs,
+                                 std::vector<Arg> args, std::vector<mx::Shape> shapes,
+                                 std::vector<mx::Dtype> dtypes, Groups groups, int threads) {
+    return launch({&kernel_text(name), std::move(inputs), std::move(args), std::move(shapes),
+                   std::move(dtypes), groups, threads},
+                  {});
+  }
+  mx::array output(const char* name, std::vector<mx::array> inputs, std::vector<Arg> args,
+                   mx::Shape shape, Groups groups, int threads) {
+    return outputs(name, std::move(inputs), std::move(args), {std::move(shape)}, {dtype}, groups,
+                   threads)[0];
+  }
+
+  // (cos, sin) of each row's position for each pair.
+  mx::array angles(const Rope& rope) const {
+    std::vector<float> table;
+    for (int position : positions)
+      for (int i = 0; i < rope.dims; i += 2) {
+        const double angle = position * std::pow(double(rope.base), -double(i) / rope.dims);
+        table.push_back(static_cast<float>(std::cos(angle)));
+        table.push_back(static_cast<float>(std::sin(angle)));
+      }
+    return mx::array(table.begin(), {rows, rope.dims}, mx::float32);
+  }
+
+  // Up to three matrices below each other on the normed first part of x's rows.
+  mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
+                    const Matrix* c) {
+    std::vector<mx::array> inputs = {x, norm.weight, constant(norm.eps)};
+    append(inputs, a);
+    append(inputs, b ? *b : a);
+    append(inputs, c ? *c : a);
+    const int nk = b ? b->rows : 0, nv = c ? c->rows : 0, n = a.rows + nk + nv;
+    return output("norm_qkv", inputs,
+                  {dtype, a.bits, a.group_size, a.cols, x.shape(-1), a.rows, nk, nv}, {rows, n},
+                  {blocks(n, 32), rows, 1}, 256);
+  }
+
+  mx::array add_to_residual(const mx::array& x, const Matrix& m) {
+    return output("linear_residual", {x, m.weight, m.scales, m.biases, hidden},
+                  {dtype, m.bits, m.group_size, m.cols, m.rows}, {rows, m.rows},
+                  {blocks(m.rows, 8), rows, 1}, 64);
+  }
+
+  void run(const Embed& s) {
+    const Matrix& m = s.table;
+    hidden = output("embed", {tokens, m.weight, m.scales, m.biases},
+                    {dtype, m.bits, m.group_size, m.rows, m.cols}, {rows, m.cols},
+                    {blocks(m.cols, 256), rows, 1}, 256);
+  }
+  void run(const GroupedProjection& s) { projected = project(hidden, s.norm, s.q, &s.k, &s.v); }
+  void run(const GroupedAttention& s) {
+    const LayerCache& cache = caches[layer];
+    auto out = outputs("attention_gqa",
+                       {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
+                        constant(s.scale), angles(s.rope), places, cache.keys, cache.values},
+                       {dtype, s.heads, s.kv_heads, s.head_dim, splits},
+                       {{rows, s.heads, splits, s.head_dim}, {rows, s.heads, splits, 2}},
+                       {mx::float32, mx::float32}, {s.heads, splits, rows}, 256);
+    partial = out[0];
+    stats = out[1];
+    grouped = &s;
+  }
+  void run(const LatentProjection& s) {
+    projected = project(hidden, s.norm, s.q_a, &s.kv_a, nullptr);
+  }
+  void run(const LatentQuery& s) {
+    query = project(projected, s.q_a_norm, s.q_b, nullptr, nullptr);
+    latent = &s;
+  }
+  void run(const LatentAttention& s) {
+    const LayerCache& cache = caches[layer];
+    const LatentQuery& q = *latent;
+    const int stride = projected.shape(-1);
+    auto out =
+        outputs("attention_mla",
+                {query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps), constant(s.scale),
+                 angles(q.rope), places, q.embed_q.weight, q.embed_q.scales, q.embed_q.biases,
+                 cache.keys, cache.values},
+                {dtype, q.embed_q.bits, q.embed_q.group_size, s.heads, q.nope_dim, s.rope_dim,
+                 s.latent_dim, splits, stride, stride - s.latent_dim - s.rope_dim},
+                {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
+                {mx::float32, mx::float32}, {s.heads, splits, rows}, 256);
+    partial = out[0];
+    stats = out[1];
+    grouped = nullptr;
+  }
+  void run(const LatentOutput& s) {
+    const Matrix& m = s.unembed;
+    attended = output("mla_unembed", {partial, stats, m.weight, m.scales, m.biases},
+                      {dtype, m.bits, m.group_size, m.count, m.cols, m.rows, splits},
+                      {rows, m.count, m.rows}, {blocks(m.rows, 32), m.count, rows}, 256);
+  }
+  void run(const OutputProjection& s) {
+    if (!grouped) {
+      hidden = add_to_residual(attended, s.o);
+      return;
+    }
+    hidden = output(
+        "attention_out", {partial, stats, s.o.weight, s.o.scales, s.o.biases, hidden},
+        {dtype, s.o.bits, s.o.group_size, grouped->heads, grouped->head_dim, splits, s.o.rows},
+        {rows, s.o.rows}, {blocks(s.o.rows, 32), rows, 1}, 256);
+  }
+  void run(const Router& s) {
+    const bool softmax = s.options.scoring == Scoring::softmax, norm = s.options.norm_topk_prob;
+    const int width = hidden.shape(-1);
+    std::vector<mx::array> inputs = {hidden, s.norm.weight, constant(s.norm.eps)};
+    std::vector<Arg> args;
+    if (softmax) {
+      append(inputs, *s.quantized_gate);
+      args = {
+          dtype, s.quantized_gate->bits, s.quantized_gate->group_size, width, s.experts, s.top_k,
+          norm};
+    } else {
+      inputs.insert(inputs.end(),
+                    {*s.dense_gate,
+                     s.correction_bias ? *s.correction_bias : mx::zeros({s.experts}, mx::float32),
+                     constant(s.options.scaling_factor)});
+      args = {dtype, width, s.experts, s.top_k, norm};
+    }
+    auto out =
+        outputs(kernel_of(s), inputs, args, {{rows, width}, {rows, s.top_k}, {rows, s.top_k}},
+                {dtype, mx::uint32, softmax ? dtype : mx::float32}, {rows, 1, 1}, 512);
+    normed = out[0];
+    indices = out[1];
+    weights = out[2];
+    top_k = s.top_k;
+  }
+  void run(const ExpertsGateUp& s) {
+    std::vector<mx::array> inputs = {normed, indices};
+    append(inputs, s.gate);
+    append(inputs, s.up);
+    const int slots = top_k + (s.shared_gate ? 1 : 0);
+    std::vector<Arg> args = {dtype, s.gate.bits, s.gate.group_size, s.gate.count,
+                             top_k, s.gate.cols, s.gate.rows};
+    if (s.shared_gate) {
+      append(inputs, *s.shared_gate);
+      append(inputs, *s.shared_up);
+    } else {
+      args.insert(args.begin() + 1, dtype);  // of what is stored
+      args.push_back(true);                  // rounded after each step
+    }
+    inner = output(kernel_of(s), inputs, args, {rows, slots, s.gate.rows},
+                   {blocks(s.gate.rows, 8), slots, rows}, 64);
+  }
+  void run(const ExpertsDown& s) {
+    std::vector<mx::array> inputs = {inner, indices, weights};
+    append(inputs, s.down);
+    const int combine = combine_steps(owner.accumulate_, dtype, weights.dtype());
+    std::vector<Arg> args = {dtype, s.down.bits, s.down.group_size, s.down.count,
+                             top_k, s.down.cols, s.down.rows,       combine};
+    if (s.shared_down) {
+      append(inputs, *s.shared_down);
+    } else {
+      args.insert(args.begin() + 1, weights.dtype());
+    }
+    inputs.push_back(hidden);
+    hidden = output(kernel_of(s), inputs, args, {rows, s.down.rows},
+                    {blocks(s.down.rows, 4), rows, 1}, 32 * (top_k + (s.shared_down ? 1 : 0)));
+  }
+  void run(const DenseGateUp& s) {
+    std::vector<mx::array> inputs = {hidden, s.norm.weight, constant(s.norm.eps)};
+    append(inputs, s.gate);
+    append(inputs, s.up);
+    inner = output("norm_gate_up", inputs,
+                   {dtype, s.gate.bits, s.gate.group_size, s.gate.cols, s.gate.rows},
+                   {rows, s.gate.rows}, {blocks(s.gate.rows, 32), rows, 1}, 256);
+  }
+  void run(const DenseDown& s) { hidden = add_to_residual(inner, s.down); }
+  void run(const Head& s) { logits = project(hidden, s.norm, s.lm_head, nullptr, nullptr); }
+
+  MetalStep& owner;
+  int rows, splits = 1, layer = -1, top_k = 0;
+  std::vector<int> positions;
+  const std::vector<LayerCache>& caches;
+  const mx::Dtype dtype = owner.plan_.dtype;
+  const GroupedAttention* grouped = nullptr;
+  const LatentQuery* latent = nullptr;
+  mx::array tokens{0}, places{0}, hidden{0}, projected{0}, query{0}, partial{0}, stats{0};
+  mx::array attended{0}, normed{0}, indices{0}, weights{0}, inner{0}, logits{0};
+};
+
+MetalStep::MetalStep(const Plan& plan, Accumulate accumulate)
+    : plan_(plan), accumulate_(accumulate) {
+  check_limits(plan_);
+}
+
+mx::array MetalStep::run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches) {
+  std::set<int> sequences;
+  for (const StepRow& row : rows)
+    if (!sequences.insert(row.sequence).second)
+      fail("step", "rows", "one row of each sequence on Metal",
+           "two of sequence " + std::to_string(row.sequence));
+  if (caches[0].keys.size() >= (size_t{1} << 32))
+    fail("step", "caches[0].keys", "fewer than 2^32 elements on Metal",
+         std::to_string(caches[0].keys.size()));
+  Walk walk(*this, rows, caches);
+  for (const Stage& stage : plan_.stages) {
+    walk.layer = stage.layer;
+    std::visit([&](const auto& s) { walk.run(s); }, stage.work);
+  }
+  walk.logits.eval();
+  ++calls_;
+  return walk.logits;
+}
+
+std::vector<Dispatch> MetalStep::dispatches(int context) const {
+  std::vector<Dispatch> list;
+  const CacheShape& c = plan_.cache;
+  const int64_t slot = int64_t(c.kv_heads) * (c.key_dim + c.value_dim) * plan_.dtype.size();
+  bool grouped = false;
+  int64_t embed_q = 0;  // read by the attention here, not by the query's projection
+  for (const Stage& stage : plan_.stages) {
+    int64_t weight_bytes = plan_.describe(stage).weight_bytes;
+    if (const auto* q = std::get_if<LatentQuery>(&stage.work)) {
+      embed_q = q->heads * q->embed_q.bytes();
+      weight_bytes -= embed_q;
+    }
+    std::string kernel = std::visit([](const auto& s) { return kernel_of(s); }, stage.work);
+    const bool gqa = std::holds_alternative<GroupedAttention>(stage.work);
+    const bool mla = std::holds_alternative<LatentAttention>(stage.work);
+    if (gqa || mla) grouped = gqa;
+    if (mla) weight_bytes += embed_q;
+    if (grouped && std::holds_alternative<OutputProjection>(stage.work)) kernel = "attention_out";
+    list.push_back({kernel, stage.layer, weight_bytes, gqa || mla ? slot * context : 0});
+  }
+  return list;
+}
+
+}  // namespace moefuse::metal
