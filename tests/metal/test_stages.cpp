@@ -694,6 +694,10 @@ TEST(StepExperts, DownResidualRows) {
   check_down_residual<StepParams<float, float, 8, 32, 3, 2, 64, 160, 7, 1>>(4);
 }
 
+TEST(StepExperts, DownResidualSummedInFp32) {
+  check_down_residual<StepParams<bfloat16_t, float, 4, 32, 6, 4, 64, 64, 40, 1>>(2);
+}
+
 template <class P>
 void check_shared(size_t rows) {
   using T = typename P::T;
