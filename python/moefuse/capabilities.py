@@ -35,6 +35,9 @@ def _devices() -> dict[str, dict]:
     cpu = {"available": True, "fused": True, "reason": None}
     if not mx.is_available(mx.gpu):
         return {"cpu": cpu, "gpu": {"available": False, "fused": False, "reason": "MLX sees none"}}
+    if mx.metal.is_available():
+        reason = "emulated, never run on Apple hardware"
+        return {"cpu": cpu, "gpu": {"available": True, "fused": True, "reason": reason}}
     reason = "no fused op for an MLX graph on this GPU in this build; stock graphs stand in"
     return {"cpu": cpu, "gpu": {"available": True, "fused": False, "reason": reason}}
 
@@ -43,9 +46,9 @@ def capabilities() -> dict:
     """A dict of plain JSON types.
 
     isa: the CPU instruction set in use; threads; versions of mlx, mlx_lm and moefuse (None: not
-    installed as a package); devices: available, fused, and the reason why not; nvcc, cuda, metal:
-    found or not; zmlx_primitive: whether mx.gather_qmm_swiglu is ours; step: whether the whole
-    decode step is built; flags: those set.
+    installed as a package); devices: available, fused, and the reason why not, or a warning; nvcc,
+    cuda, metal: found or not; zmlx_primitive: whether mx.gather_qmm_swiglu is ours; step: whether
+    the whole decode step is built; flags: those set.
     """
     return {
         "isa": _core.cpu_isa(),

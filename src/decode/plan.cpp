@@ -10,6 +10,8 @@ template <class... F>
 struct Overloads : F... {
   using F::operator()...;
 };
+template <class... F>
+Overloads(F...) -> Overloads<F...>;
 
 std::string shape(const Matrix& m) {
   return std::to_string(m.rows) + " x " + std::to_string(m.cols);

@@ -206,7 +206,6 @@ class StepOracle {
     const auto& c = m.model.config;
     const bool softmax = c.model_type == "qwen3_moe";
     Vector scores, choice;
-    double total = 0.0;
     for (int e = 0; e < c.num_experts; ++e) {
       Approx logit;
       if (softmax) {
@@ -216,7 +215,6 @@ class StepOracle {
         logit = dot_product(exact(gate, e * x.size(), x.size()), x);
       }
       const Approx p = softmax ? exp(logit) : sigmoid<float>(logit);
-      total += p.value;
       scores.push_back(p);
       choice.push_back(p);
       if (!softmax)

@@ -367,6 +367,7 @@ void check_experts(size_t rows) {
         {.rows = rows}, {blocks(P::D, 4), uint(rows), 1}, 32 * P::K, order);
     return outputs;
   });
+  const auto& stored = hidden.values();
   for (size_t slot = 0; slot < rows * P::K; ++slot) {
     auto x_at = [&](size_t k) {
       return Approx{static_cast<float>(x.values()[slot / P::K * P::H + k]), 0};
@@ -382,7 +383,7 @@ void check_experts(size_t rows) {
     for (size_t k = 0; k < P::K; ++k) {
       const size_t slot = at / P::D * P::K + k;
       Approx y = down.dot(chosen[slot] * P::D + at % P::D, [&](size_t i) {
-        return Approx{static_cast<float>(hidden.values()[slot * P::I + i]), 0};
+        return Approx{static_cast<float>(stored[slot * P::I + i]), 0};
       });
       if (P::STEPS) y = round_to<T>(y);
       y = mul(y, {weights.values()[slot], 0});

@@ -727,7 +727,8 @@ void check_shared(size_t rows) {
            {.rows = rows}, {blocks(P::D, 4), uint(rows), 1}, 32 * (P::K + 1), order);
     return outputs;
   });
-  for (size_t at = 0; at < hidden.values().size(); ++at) {
+  const auto& stored = hidden.values();
+  for (size_t at = 0; at < stored.size(); ++at) {
     const size_t row = at / P::I / (P::K + 1), k = at / P::I % (P::K + 1);
     auto x_at = [&](size_t i) { return Approx{static_cast<float>(x.values()[row * P::H + i]), 0}; };
     const size_t n = at % P::I, e = k < P::K ? chosen[row * P::K + k] * P::I + n : n;
@@ -739,7 +740,7 @@ void check_shared(size_t rows) {
     const size_t row = at / P::D;
     auto part = [&](const Stack<T>& w, size_t matrix_row, size_t k) {
       return w.dot(matrix_row, [&](size_t i) {
-        return Approx{static_cast<float>(hidden.values()[(row * (P::K + 1) + k) * P::I + i]), 0};
+        return Approx{static_cast<float>(stored[(row * (P::K + 1) + k) * P::I + i]), 0};
       });
     };
     Approx sum;

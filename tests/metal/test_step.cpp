@@ -32,7 +32,7 @@ struct Common {
   using T = float;
   using U = float;
   using W = float;
-  static constexpr int BITS = 4, GROUP = 32, H = 96, STRIDE = 96, D = 96, COLS = 96, ROWS = 96;
+  static constexpr int BITS = 4, GROUP = 32, H = 96, STRIDE = 96, D = 96, ROWS = 96;
   static constexpr int SPLITS = 4, V = 70, COMBINE = 1;
   static constexpr bool NORM = true, STEPS = true;
 };
