@@ -42,7 +42,8 @@ bool available();
 bool serves(mx::StreamOrDevice s);
 
 // The outputs, not yet evaluated. The node is built once for each combination of kernel, template
-// arguments, dtypes and grid, and used again. Throws std::runtime_error without a Metal device.
+// arguments, dtypes and grid, and used again. Without a Metal device MLX throws
+// std::runtime_error, except while it exports a function.
 std::vector<mx::array> launch(const Call& call, mx::StreamOrDevice s);
 
 // Takes the place of Metal in tests, where an emulator runs the calls; nullptr restores Metal.

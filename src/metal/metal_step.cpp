@@ -103,8 +103,9 @@ struct MetalStep::Walk {
                    threads)[0];
   }
 
-  // (cos, sin) of each row's position for each pair.
-  mx::array angles(const Rope& rope) const {
+  // (cos, sin) of each row's position for each pair; the same in every layer.
+  mx::array angles(const Rope& rope) {
+    if (rope_table.size() > 1) return rope_table;
     std::vector<float> table;
     for (int position : positions)
       for (int i = 0; i < rope.dims; i += 2) {
@@ -112,7 +113,8 @@ struct MetalStep::Walk {
         table.push_back(static_cast<float>(std::cos(angle)));
         table.push_back(static_cast<float>(std::sin(angle)));
       }
-    return mx::array(table.begin(), {rows, rope.dims}, mx::float32);
+    rope_table = mx::array(table.begin(), {rows, rope.dims}, mx::float32);
+    return rope_table;
   }
 
   // Up to three matrices below each other on the normed first part of x's rows.
@@ -269,7 +271,7 @@ struct MetalStep::Walk {
   const GroupedAttention* grouped = nullptr;
   const LatentQuery* latent = nullptr;
   mx::array tokens{0}, places{0}, hidden{0}, projected{0}, query{0}, partial{0}, stats{0};
-  mx::array attended{0}, normed{0}, indices{0}, weights{0}, inner{0}, logits{0};
+  mx::array rope_table{0}, attended{0}, normed{0}, indices{0}, weights{0}, inner{0}, logits{0};
 };
 
 MetalStep::MetalStep(const Plan& plan, Accumulate accumulate)

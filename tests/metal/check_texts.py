@@ -1,11 +1,12 @@
 """Checks of the kernel texts that the emulator cannot make: address spaces and house rules.
 
-    python tests/metal/check_texts.py [--clang clang++]
+    python tests/metal/check_texts.py [--clang clang++ [--sources PROGRAM]]
 
 Address spaces: every text as C++ for OpenCL, where __global, __local and __private stand for
 device, threadgroup and thread; a pointer of one kind that meets another is an error. Lint: what
-that compile lets pass. Exit code 1 with the findings; 77 (skipped) with --clang and no such
-program.
+that compile lets pass. --sources: the same compile for what metal_sources (PROGRAM) writes, where
+the signature is the one that MLX generates: small inputs come as constant. Exit code 1 with the
+findings; 77 (skipped) with --clang and no such program.
 """
 
 import argparse
@@ -46,6 +47,24 @@ template <typename T> __global T* writable(const __global T* p) {
 """
 IDS = "  uint group_x = 0, group_y = 0, group_z = 0, lane_id = 0, simd_id = 0, thread_id = 0;\n"
 VALUES = {"BITS": 4, "GROUP": 32, "D": 64, "H": 64, "I": 64, "E": 40, "K": 4}
+# What the generated sources take from MLX's own preamble and from Metal. bfloat is a float here.
+METAL = """
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#undef as_uint
+#undef as_float
+#define device __global
+#define constant __constant
+#define threadgroup __local
+typedef uint uint32_t;
+typedef float bfloat16_t;
+typedef half float16_t;
+template <typename T, typename U> T as_type(U v);
+template <typename T> T simd_shuffle(T v, ushort lane);
+template <typename T> T simd_shuffle_xor(T v, ushort mask);
+namespace mem_flags { enum Flags { mem_threadgroup }; }
+void threadgroup_barrier(mem_flags::Flags flags);
+namespace precise { float divide(float a, float b); float sqrt(float a); }
+"""
 LINT = [  # (pattern, where it is forbidden, why)
     (r"#\s*(if|ifdef|ifndef|else)", ".h.body", "dialects are headers, not conditions in a text"),
     (r"\[[&=]?\]\s*\(", ".h.body", "a lambda"),
@@ -95,6 +114,37 @@ def opencl_source():
     return source
 
 
+def generated_source(text):
+    """One of metal_sources' files: its template parameters become constants, its kernel plain."""
+    helpers, parameters, rest = re.match(
+        r"(.*)\ntemplate <([^\n]*)>\n\[\[kernel\]\] void (.*)", text, re.DOTALL).groups()
+    kernel, values = re.match(r"(.*)\ntemplate \[\[host_name.*<([^<>]*)>;\n$", rest,
+                              re.DOTALL).groups()
+    source = METAL + helpers + "\n"
+    for parameter, value in zip(parameters.split(", "), values.split(", "), strict=True):
+        kind, name = parameter.split()
+        source += (f"using {name} = {value};\n" if kind == "typename"
+                   else f"constexpr __constant {kind} {name} = {value};\n")
+    return source + "__kernel void " + re.sub(r" \[\[\w+(\(\d+\))?\]\]", "", kernel)
+
+
+def generated_errors(clang, program):
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([program, folder], check=True, capture_output=True)
+        paths = sorted(pathlib.Path(folder).glob("*.metal"))
+        findings = [f"{path.name}: {line}" for path in paths
+                    for line in compile_errors(clang, generated_source(path.read_text()))
+                    .splitlines()]
+        stems = {re.sub(r"^\d+_moefuse_|\.metal$", "", path.name) for path in paths}
+        findings += [f"{stem}: no generated source" for stem in signatures().keys() - stems]
+        planted = next(path for path in paths if "norm_qkv" in path.name).read_text().replace(
+            "const device uint32_t* k_weight", "const constant uint32_t* k_weight")
+        if not compile_errors(clang, generated_source(planted)):
+            findings.append("the compile of generated sources passes a planted mistake")
+        print(f"{len(paths)} generated sources of {len(stems)} kernels compiled")
+    return findings
+
+
 def compile_errors(clang, source):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "texts.clcpp"
@@ -122,6 +172,7 @@ def lint(name, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clang", help="also compile for address spaces with this program")
+    parser.add_argument("--sources", help="also compile what this program, metal_sources, writes")
     args = parser.parse_args()
     findings = []
     for path in sorted([*KERNELS.glob("*.body"), *(KERNELS / h for h in HELPERS)]):
@@ -135,6 +186,8 @@ def main():
                                           "SHARED_ARRAY(T, normed, H); __global float* p = normed;")
         if not compile_errors(args.clang, planted):
             findings.append("the address-space check passes a planted mistake")
+        if args.sources:
+            findings += generated_errors(args.clang, args.sources)
     print("\n".join(findings) or "the kernel texts pass")
     sys.exit(1 if findings else 0)
 
