@@ -42,6 +42,13 @@ FUNC Floats<N> load_lane(P p, uint lane) {
   return f;
 }
 
+// The query takes the scale: rounded in each element, not once in the far larger score.
+template <int N>
+FUNC Floats<N> scaled(Floats<N> x, float scale) {
+  UNROLL for (int j = 0; j < N; ++j) x.v[j] = mul_rn(x.v[j], scale);
+  return x;
+}
+
 template <int N>
 FUNC float lane_dot(Floats<N> a, Floats<N> b) {
   float sum = 0.0f;
