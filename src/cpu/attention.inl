@@ -7,6 +7,9 @@
 namespace moefuse::cpu {
 namespace {
 
+template <Dtype kDtype>
+struct Constant {};
+
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
 // before its one cast. The lanes are sixteen rows.
 void exact_dots(const RowsArgs& a, const float* q, float* out) {
@@ -42,23 +45,46 @@ inline void sum_lanes4(const f32x16 (&v)[4], float* out, int64_t stride) {
         (quarters[4 * h] + quarters[4 * h + 2]) + (quarters[4 * h + 1] + quarters[4 * h + 3]);
 }
 
-// kHeads queries in one pass over the rows.
-template <int kHeads>
-void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
-  for (int j = 0; j < a.rows; ++j) {
-    f32x16 sum[kHeads] = {};
-    for (int k = 0; k < a.dim; k += kLanes) {
-      const int width = a.dim - k < kLanes ? a.dim - k : kLanes;
-      const f32x16 x = load_floats(a.data, a.dtype, j * a.stride + k, width);
-      for (int h = 0; h < kHeads; ++h)
-        sum[h] = fused(x, load_floats(q + h * a.dim, Dtype::float32, k, width), sum[h]);
+// kHeads queries on kRows rows at once: enough sums in flight to hide the latency of one.
+template <Dtype kDtype, int kHeads, int kRows>
+inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out,
+                          int64_t out_stride) {
+  f32x16 sum[kRows][kHeads] = {};
+  // Inlined by force: a call would keep the sums in memory.
+  const auto add = [&](int k, int width) __attribute__((always_inline)) {
+    f32x16 x[kRows];
+    for (int r = 0; r < kRows; ++r)
+      x[r] = load_floats(a.data, kDtype, (row + r) * a.stride + k, width);
+    for (int h = 0; h < kHeads; ++h) {
+      const f32x16 y = load_floats(q + h * a.dim, Dtype::float32, k, width);
+      for (int r = 0; r < kRows; ++r) sum[r][h] = fused(x[r], y, sum[r][h]);
     }
+  };
+  int k = 0;
+  for (; k + kLanes <= a.dim; k += kLanes) add(k, kLanes);
+  if (k < a.dim) add(k, a.dim - k);
+  for (int r = 0; r < kRows; ++r) {
     if constexpr (kHeads == 4) {
-      sum_lanes4(sum, out + j, out_stride);
+      sum_lanes4(sum[r], out + row + r, out_stride);
     } else {
-      for (int h = 0; h < kHeads; ++h) out[h * out_stride + j] = sum_lanes(sum[h]);
+      for (int h = 0; h < kHeads; ++h) out[h * out_stride + row + r] = sum_lanes(sum[r][h]);
     }
   }
+}
+
+template <Dtype kDtype, int kHeads>
+void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
+  int row = 0;
+  for (; row + 4 <= a.rows; row += 4) fused_dots_at<kDtype, kHeads, 4>(a, row, q, out, out_stride);
+  for (; row < a.rows; ++row) fused_dots_at<kDtype, kHeads, 1>(a, row, q, out, out_stride);
+}
+
+// Calls f with the dtype as a constant.
+template <class F>
+void with_dtype(Dtype dtype, F&& f) {
+  if (dtype == Dtype::bfloat16) return f(Constant<Dtype::bfloat16>{});
+  if (dtype == Dtype::float16) return f(Constant<Dtype::float16>{});
+  f(Constant<Dtype::float32>{});
 }
 
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
@@ -66,22 +92,27 @@ void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
   int h = 0;
   if (exact)
     for (; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
-  for (; h + 4 <= heads; h += 4) fused_dots<4>(a, q + h * a.dim, out + h * out_stride, out_stride);
-  for (; h < heads; ++h) fused_dots<1>(a, q + h * a.dim, out + h * out_stride, out_stride);
+  with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
+    for (; h + 4 <= heads; h += 4)
+      fused_dots<kDtype, 4>(a, q + h * a.dim, out + h * out_stride, out_stride);
+    for (; h < heads; ++h)
+      fused_dots<kDtype, 1>(a, q + h * a.dim, out + h * out_stride, out_stride);
+  });
 }
 
-// kHeads sums over sixteen times kVectors columns from `d` on, in one pass over the rows.
-template <bool kExact, int kHeads>
-void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weights_stride, int d,
-                          float* out) {
-  constexpr int kVectors = 4;
+// Column vectors that share a pass over the rows: with four heads, sixteen sums in registers.
+constexpr int kVectors = 4;
+
+// kHeads sums over the columns [d, d + count), in one pass over the rows.
+template <Dtype kDtype, bool kExact, int kHeads>
+inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weights_stride,
+                                 int d, int count, float* out) {
   f32x16 sum[kHeads][kVectors] = {};
-  const int left = a.dim - d;
   for (int j = 0; j < a.rows; ++j) {
     f32x16 x[kVectors];
     for (int b = 0; b < kVectors; ++b) {
-      const int n = left - b * kLanes;
-      x[b] = load_floats(a.data, a.dtype, j * a.stride + d + b * kLanes,
+      const int n = count - b * kLanes;
+      x[b] = load_floats(a.data, kDtype, j * a.stride + d + b * kLanes,
                          n < 0        ? 0
                          : n < kLanes ? n
                                       : kLanes);
@@ -92,14 +123,17 @@ void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weigh
         sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
     }
   }
-  const int count = left < kVectors * kLanes ? left : kVectors * kLanes;
   for (int h = 0; h < kHeads; ++h) memcpy(out + h * a.dim + d, sum[h], 4 * count);
 }
 
-template <bool kExact, int kHeads>
+template <Dtype kDtype, bool kExact, int kHeads>
 void weighted_sums(const RowsArgs& a, const float* weights, int64_t weights_stride, float* out) {
-  for (int d = 0; d < a.dim; d += 4 * kLanes)
-    weighted_sum_columns<kExact, kHeads>(a, weights, weights_stride, d, out);
+  constexpr int kColumns = kVectors * kLanes;
+  int d = 0;
+  for (; d + kColumns <= a.dim; d += kColumns)
+    weighted_sum_columns<kDtype, kExact, kHeads>(a, weights, weights_stride, d, kColumns, out);
+  if (d < a.dim)
+    weighted_sum_columns<kDtype, kExact, kHeads>(a, weights, weights_stride, d, a.dim - d, out);
 }
 
 void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads,
@@ -108,10 +142,12 @@ void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads
   const auto pass = [&](auto sums) {
     sums(a, weights + h * weights_stride, weights_stride, out + h * a.dim);
   };
-  if (exact)
-    for (; h < heads; ++h) pass(weighted_sums<true, 1>);
-  for (; h + 4 <= heads; h += 4) pass(weighted_sums<false, 4>);
-  for (; h < heads; ++h) pass(weighted_sums<false, 1>);
+  with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
+    if (exact)
+      for (; h < heads; ++h) pass(weighted_sums<kDtype, true, 1>);
+    for (; h + 4 <= heads; h += 4) pass(weighted_sums<kDtype, false, 4>);
+    for (; h < heads; ++h) pass(weighted_sums<kDtype, false, 1>);
+  });
 }
 
 float exponentials(float* scores, int n, float* top) {

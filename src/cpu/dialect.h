@@ -153,7 +153,11 @@ inline Vector load(const void* p) {
 }
 
 [[maybe_unused]] inline f32x16 widen_bfloat16(u16x16 v) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v), 16);
+#else
   return as_float(__builtin_convertvector(v, u32x16) << 16);
+#endif
 }
 
 // Rounds to nearest even; a NaN becomes 0x7fc0, as in MLX.

@@ -20,10 +20,11 @@ FULL = (
     "concat_gate_up",
     "router+combine+concat_gate_up",
     "router+experts",
+    "step",
     "experts:fp32_no_fma",
-    "router+experts:fp32_no_fma",
+    "step:fp32_no_fma",
 )
-QUICK = ("router", "combine", "experts", "router+experts")
+QUICK = ("router", "combine", "experts", "router+experts", "step")
 
 
 @dataclass(frozen=True)
