@@ -26,7 +26,7 @@ class Team {
   }
 
  private:
-  static constexpr int kSpins = 4096;  // some microseconds; then somebody else needs the core
+  static constexpr int kSpins = 256;  // some ten microseconds; then somebody else needs the core
 
   void meet() {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
