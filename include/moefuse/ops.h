@@ -1,7 +1,8 @@
 // Fused Mixture-of-Experts operations on MLX arrays.
 //
 // Every op that rounds takes the arithmetic as a named choice:
-//   exact        the bits of the stock MLX graph on the same device;
+//   exact        the bits of the stock MLX graph on the CPU; on a Metal device its rounding steps,
+//                the order inside a dot product and the last bit of exp being our own;
 //   fp32_no_fma  dot products in fp32, the combine's product and sum rounded separately in fp32,
 //                one cast to the activation dtype at the end;
 //   fp32         as fp32_no_fma, with fused multiply-adds where the hardware has them.
@@ -64,8 +65,8 @@ std::pair<mx::array, mx::array> moe_router_argpartition_logits_topk(
     const std::optional<mx::array>& correction_bias = std::nullopt, mx::StreamOrDevice s = {});
 
 // sum_i y[..., i, :] * weights[..., i]: y [..., k, D], weights [..., k] -> [..., D] of y's dtype.
-// exact takes the products in the promoted dtype of y and weights and sums them in fp32, as the
-// stock graph does.
+// exact takes the products in the promoted dtype of y and weights and sums them as the device's
+// stock graph does: in fp32 on the CPU, in that dtype on Metal.
 mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::array& weights,
                                                Accumulate accumulate = Accumulate::fp32_no_fma,
                                                mx::StreamOrDevice s = {});
