@@ -13,10 +13,9 @@ namespace {
 
 using Arg = mx::fast::TemplateArg;
 
-// Stretches of the cache that work on one head at once. Few values: each is a kernel of its own.
-int splits_for(int context) {
-  return context < 1024 ? 4 : context < 4096 ? 8 : 16;
-}
+// Stretches of the cache that work on one head at once, whatever the context: a row's bits may not
+// depend on how long another row is. 20 heads make 160 threadgroups of 8 simdgroups.
+constexpr int kSplits = 8;
 
 void append(std::vector<mx::array>& inputs, const Matrix& m) {
   inputs.insert(inputs.end(), {m.weight, m.scales, m.biases});
@@ -73,15 +72,12 @@ struct MetalStep::Walk {
        const std::vector<LayerCache>& layer_caches)
       : owner(step), rows(static_cast<int>(step_rows.size())), caches(layer_caches) {
     std::vector<uint32_t> ids, where;
-    int context = 0;
     for (const StepRow& row : step_rows) {
       ids.push_back(row.token);
       for (int v : {row.sequence, row.first, row.slot, layer_caches[0].keys.shape(2)})
         where.push_back(static_cast<uint32_t>(v));
       positions.push_back(row.position);
-      context = std::max(context, row.slot - row.first + 1);
     }
-    splits = splits_for(context);
     tokens = mx::array(ids.begin(), {rows}, mx::uint32);
     places = mx::array(where.begin(), {rows, 4}, mx::uint32);
   }
@@ -148,9 +144,9 @@ struct MetalStep::Walk {
     auto out = outputs("attention_gqa",
                        {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
                         constant(s.scale), angles(s.rope), places, cache.keys, cache.values},
-                       {dtype, s.heads, s.kv_heads, s.head_dim, splits},
-                       {{rows, s.heads, splits, s.head_dim}, {rows, s.heads, splits, 2}},
-                       {mx::float32, mx::float32}, {s.heads, splits, rows}, 256);
+                       {dtype, s.heads, s.kv_heads, s.head_dim, kSplits},
+                       {{rows, s.heads, kSplits, s.head_dim}, {rows, s.heads, kSplits, 2}},
+                       {mx::float32, mx::float32}, {s.heads, kSplits, rows}, 256);
     partial = out[0];
     stats = out[1];
     grouped = &s;
@@ -172,9 +168,9 @@ struct MetalStep::Walk {
                  angles(q.rope), places, q.embed_q.weight, q.embed_q.scales, q.embed_q.biases,
                  cache.keys, cache.values},
                 {dtype, q.embed_q.bits, q.embed_q.group_size, s.heads, q.nope_dim, s.rope_dim,
-                 s.latent_dim, splits, stride, stride - s.latent_dim - s.rope_dim},
-                {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
-                {mx::float32, mx::float32}, {s.heads, splits, rows}, 256);
+                 s.latent_dim, kSplits, stride, stride - s.latent_dim - s.rope_dim},
+                {{rows, s.heads, kSplits, s.latent_dim}, {rows, s.heads, kSplits, 2}},
+                {mx::float32, mx::float32}, {s.heads, kSplits, rows}, 256);
     partial = out[0];
     stats = out[1];
     grouped = nullptr;
@@ -182,7 +178,7 @@ struct MetalStep::Walk {
   void run(const LatentOutput& s) {
     const Matrix& m = s.unembed;
     attended = output("mla_unembed", {partial, stats, m.weight, m.scales, m.biases},
-                      {dtype, m.bits, m.group_size, m.count, m.cols, m.rows, splits},
+                      {dtype, m.bits, m.group_size, m.count, m.cols, m.rows, kSplits},
                       {rows, m.count, m.rows}, {blocks(m.rows, 32), m.count, rows}, 256);
   }
   void run(const OutputProjection& s) {
@@ -192,7 +188,7 @@ struct MetalStep::Walk {
     }
     hidden = output(
         "attention_out", {partial, stats, s.o.weight, s.o.scales, s.o.biases, hidden},
-        {dtype, s.o.bits, s.o.group_size, grouped->heads, grouped->head_dim, splits, s.o.rows},
+        {dtype, s.o.bits, s.o.group_size, grouped->heads, grouped->head_dim, kSplits, s.o.rows},
         {rows, s.o.rows}, {blocks(s.o.rows, 32), rows, 1}, 256);
   }
   void run(const Router& s) {
@@ -264,7 +260,7 @@ struct MetalStep::Walk {
   void run(const Head& s) { logits = project(hidden, s.norm, s.lm_head, nullptr, nullptr); }
 
   MetalStep& owner;
-  int rows, splits = 1, layer = -1, top_k = 0;
+  int rows, layer = -1, top_k = 0;
   std::vector<int> positions;
   const std::vector<LayerCache>& caches;
   const mx::Dtype dtype = owner.plan_.dtype;

@@ -72,9 +72,9 @@ struct Limits {
   }
   void check(const OutputProjection& s) const {
     alike({&s.o});
-    // The merge of the stretches: heads * splits shares, at most 16 stretches.
+    // The merge of the stretches: a share for each of 8 stretches of a head.
     if (plan.config.model_type == "qwen3_moe")
-      room_for(s.o.cols, 16 * plan.config.num_attention_heads);
+      room_for(s.o.cols, 8 * plan.config.num_attention_heads);
   }
   void check(const Router& s) const {
     const bool softmax = s.options.scoring == Scoring::softmax;

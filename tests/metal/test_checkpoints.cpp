@@ -25,7 +25,7 @@ struct Common {
   using U = T;
   using W = T;
   static constexpr int BITS = 4, GROUP = 64, H = 192, STRIDE = 192, D = 192, ROWS = 192;
-  static constexpr int SPLITS = 4, V = 2048, COMBINE = 0, I = 64;
+  static constexpr int SPLITS = 8, V = 2048, COMBINE = 0, I = 64;
   static constexpr bool NORM = true, STEPS = true;
 };
 struct Head : Common {

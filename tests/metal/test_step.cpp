@@ -33,7 +33,7 @@ struct Common {
   using U = float;
   using W = float;
   static constexpr int BITS = 4, GROUP = 32, H = 96, STRIDE = 96, D = 96, ROWS = 96;
-  static constexpr int SPLITS = 4, V = 70, COMBINE = 1;
+  static constexpr int SPLITS = 8, V = 70, COMBINE = 1;
   static constexpr bool NORM = true, STEPS = true;
 };
 struct Qwen : Common {
@@ -259,6 +259,42 @@ TEST(MetalStep, QwenTokens) {
 }
 TEST(MetalStep, GlmTokens) {
   check_tokens(glm(), add_glm, 2 + 7 + 8);
+}
+
+template <typename T>
+void expect_same_array(const mx::array& a, const mx::array& b) {
+  ASSERT_EQ(a.nbytes(), b.nbytes());
+  EXPECT_EQ(std::memcmp(a.data<T>(), b.data<T>(), a.nbytes()), 0);
+}
+
+// Rows together and one at a time: the same logits and caches, bit for bit.
+void check_rows_alone(const RandomModel& m, void (*add)(emulated::Backend&)) {
+  emulated::Backend backend;
+  add(backend);
+  Emulated guard(backend);
+  moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
+  auto caches = empty_caches(decoder), alone = empty_caches(decoder);
+  for (int step = 0; step < 2; ++step) {
+    const auto rows = rows_at(step);
+    backend.rows.reset();
+    const mx::array together = decoder.step(rows, caches);
+    backend.rows = 1;
+    for (size_t r = 0; r < kRows; ++r) {
+      const mx::array one = decoder.step({rows[r]}, alone);
+      EXPECT_EQ(std::memcmp(one.data<float>(), together.data<float>() + r * 70, 70 * 4), 0);
+    }
+  }
+  for (size_t i = 0; i < caches.size(); ++i) {
+    expect_same_array<float>(caches[i].keys, alone[i].keys);
+    expect_same_array<float>(caches[i].values, alone[i].values);
+  }
+}
+
+TEST(MetalStep, QwenRowsHaveTheBitsThatTheyHaveAlone) {
+  check_rows_alone(qwen(), add_qwen);
+}
+TEST(MetalStep, GlmRowsHaveTheBitsThatTheyHaveAlone) {
+  check_rows_alone(glm(), add_glm);
 }
 
 // The message with which the executor refuses a plan that `change` has altered.
