@@ -35,19 +35,6 @@ struct Places {
   }
 };
 
-// What the stretches of one head add up to: partial sums and (top, sum) of each.
-double merged(const std::vector<float>& partial, const std::vector<float>& stats, size_t at,
-              size_t splits, size_t width, size_t d) {
-  double top = -1e300, total = 0.0, sum = 0.0;
-  for (size_t s = 0; s < splits; ++s) top = std::max(top, double(stats[(at + s) * 2]));
-  for (size_t s = 0; s < splits; ++s) {
-    const double share = std::exp(stats[(at + s) * 2] - top);
-    total += share * stats[(at + s) * 2 + 1];
-    sum += share * partial[(at + s) * width + d];
-  }
-  return sum / total;
-}
-
 // ---- norm + qkv ----
 
 template <typename T_, int BITS_, int GROUP_, int H_, int NQ_, int NK_, int NV_, int STRIDE_ = H_>

@@ -3,7 +3,7 @@
 #include <array>
 #include <numeric>
 
-#include "harness.h"
+#include "oracle.h"
 #include "stock/stock_kernels.h"
 
 float emulated_exp(float x) {
@@ -322,72 +322,89 @@ struct GqaParams {
 // Queries and the newest key are +-1: their norm is exactly the norm's weight with that sign, and
 // an angle of 0 leaves it, so that stock's attention, which has no norm, sees the same numbers.
 template <typename T, int SPLITS>
-void add_attention(size_t set, Error& mine, Error& theirs, Error& theirs_fused) {
+struct Attention {
   using P = GqaParams<T, SPLITS>;
-  constexpr size_t D = P::D, HEADS = P::HEADS, KV = P::KV_HEADS;
-  constexpr uint cached = 70, capacity = 80;
+  static constexpr size_t D = P::D, HEADS = P::HEADS, KV = P::KV_HEADS;
+  static constexpr uint cached = 70, capacity = 80;
   const float scale = 0.088388346f;
   std::vector<T> qkv = uniform_vector<T>((HEADS + 2 * KV) * D, -1.0f, 1.0f);
-  for (size_t i = 0; i < (HEADS + KV) * D; ++i) qkv[i] = T(float(qkv[i]) < 0 ? -1.0f : 1.0f);
-  Buffer<T> in(qkv), q_norm(uniform_vector<T>(D, 0.5f, 2.0f)),
-      k_norm(uniform_vector<T>(D, 0.5f, 2.0f));
-  Buffer<float> eps({0.0f}), scales({scale});
-  std::vector<float> turn(D, 0.0f);
-  for (size_t i = 0; i < D; i += 2) turn[i] = 1.0f;
-  Buffer<float> rope(turn);
-  Buffer<uint> places({0u, 0u, cached, capacity});
-  Buffer<T> keys(uniform_vector<T>(KV * capacity * D, -2.0f, 2.0f)),
-      values(uniform_vector<T>(KV * capacity * D, -2.0f, 2.0f));
-  auto partial = Buffer<float>::output(HEADS * SPLITS * D);
-  auto stats = Buffer<float>::output(HEADS * SPLITS * 2);
-  launch(kernels::attention_gqa<P>{in, q_norm, k_norm, eps, scales, rope, places, keys, values,
-                                   partial, stats},
-         {.capacity = capacity}, {uint(HEADS), SPLITS, 1}, 256, Order::forward);
+  Buffer<T> q_norm{uniform_vector<T>(D, 0.5f, 2.0f)}, k_norm{uniform_vector<T>(D, 0.5f, 2.0f)};
+  Buffer<T> keys{uniform_vector<T>(KV * capacity * D, -2.0f, 2.0f)};
+  Buffer<T> values{uniform_vector<T>(KV * capacity * D, -2.0f, 2.0f)};
 
-  std::vector<T> q, apart(HEADS * D), fused(HEADS * D);
-  for (size_t i = 0; i < HEADS * D; ++i)
-    q.push_back(T(static_cast<float>(qkv[i]) * static_cast<float>(q_norm.values()[i % D])));
-  StockAttention<T> call{q.data(),   keys.values().data(), values.values().data(), apart.data(),
-                         int(HEADS), int(HEADS / KV),      int(cached + 1),        capacity,
-                         scale};
-  stock_apart::attention<T, 128>(call);
-  call.out = fused.data();
-  stock_fused::attention<T, 128>(call);
-
-  for (size_t h = 0; h < HEADS; ++h) {
-    const size_t at = h / (HEADS / KV) * capacity * D;
-    std::vector<double> p;
-    double total = 0.0;
-    for (size_t i = 0; i <= cached; ++i) {
-      double score = 0.0;
-      for (size_t d = 0; d < D; ++d)
-        score += double(float(q[h * D + d])) * float(keys.values()[at + i * D + d]);
-      total += p.emplace_back(std::exp(score * scale));
-    }
-    double top = -1e300, sum = 0.0;
-    auto stat = [&](size_t s, size_t i) {
-      return double(stats.values()[(h * SPLITS + s) * 2 + i]);
-    };
-    for (size_t s = 0; s < SPLITS; ++s) top = std::max(top, stat(s, 0));
-    for (size_t s = 0; s < SPLITS; ++s) sum += std::exp(stat(s, 0) - top) * stat(s, 1);
-    for (size_t d = 0; d < D; ++d) {
-      double want = 0.0, got = 0.0;
-      for (size_t i = 0; i <= cached; ++i)
-        want += p[i] / total * float(values.values()[at + i * D + d]);
-      for (size_t s = 0; s < SPLITS; ++s)
-        got += std::exp(stat(s, 0) - top) * partial.values()[(h * SPLITS + s) * D + d] / sum;
-      mine.add(set + h, static_cast<float>(T(static_cast<float>(got))), want);
-      theirs.add(set + h, static_cast<float>(apart[h * D + d]), want);
-      theirs_fused.add(set + h, static_cast<float>(fused[h * D + d]), want);
-    }
+  Attention() {
+    for (size_t i = 0; i < (HEADS + KV) * D; ++i) qkv[i] = T(float(qkv[i]) < 0 ? -1.0f : 1.0f);
   }
-}
+
+  // Puts the newest position into the cache, too, where stock expects it.
+  std::vector<T> ours() {
+    std::vector<float> turn(D, 0.0f);
+    for (size_t i = 0; i < D; i += 2) turn[i] = 1.0f;
+    Buffer<T> in(qkv);
+    Buffer<float> eps({0.0f}), scales({scale}), rope(turn);
+    Buffer<uint> places({0u, 0u, cached, capacity});
+    auto partial = Buffer<float>::output(HEADS * SPLITS * D);
+    auto stats = Buffer<float>::output(HEADS * SPLITS * 2);
+    launch(kernels::attention_gqa<P>{in, q_norm, k_norm, eps, scales, rope, places, keys, values,
+                                     partial, stats},
+           {.capacity = capacity}, {uint(HEADS), SPLITS, 1}, 256, Order::forward);
+    std::vector<T> out;
+    for (size_t i = 0; i < HEADS * D; ++i) {
+      out.push_back(T(static_cast<float>(
+          merged(partial.values(), stats.values(), i / D * SPLITS, SPLITS, D, i % D))));
+    }
+    return out;
+  }
+
+  std::vector<T> queries() const {
+    std::vector<T> q;
+    for (size_t i = 0; i < HEADS * D; ++i)
+      q.push_back(T(static_cast<float>(qkv[i]) * static_cast<float>(q_norm.values()[i % D])));
+    return q;
+  }
+
+  std::vector<T> stock(void (*kernel)(const StockAttention<T>&)) const {
+    std::vector<T> q = queries(), out(HEADS * D);
+    kernel({q.data(), keys.values().data(), values.values().data(), out.data(), int(HEADS),
+            int(HEADS / KV), int(cached + 1), capacity, scale});
+    return out;
+  }
+
+  std::vector<double> fp64() const {
+    const auto q = queries();
+    std::vector<double> out(HEADS * D, 0.0);
+    for (size_t h = 0; h < HEADS; ++h) {
+      const size_t at = h / (HEADS / KV) * capacity * D;
+      std::vector<double> p;
+      double total = 0.0;
+      for (size_t i = 0; i <= cached; ++i) {
+        double score = 0.0;
+        for (size_t d = 0; d < D; ++d)
+          score += double(float(q[h * D + d])) * float(keys.values()[at + i * D + d]);
+        total += p.emplace_back(std::exp(score * scale));
+      }
+      for (size_t i = 0; i <= cached; ++i)
+        for (size_t d = 0; d < D; ++d)
+          out[h * D + d] += p[i] / total * float(values.values()[at + i * D + d]);
+    }
+    return out;
+  }
+};
 
 template <typename T, int SPLITS>
 void compare_attention(const char* what) {
   Error mine, theirs, theirs_fused;
-  for (size_t set = 0; set < 2 * kSets; set += 16)
-    add_attention<T, SPLITS>(set, mine, theirs, theirs_fused);
+  for (size_t set = 0; set < 2 * kSets; set += 16) {  // a head is a set
+    Attention<T, SPLITS> a;
+    const auto ours = a.ours(), apart = a.stock(stock_apart::attention<T, 128>),
+               fused = a.stock(stock_fused::attention<T, 128>);
+    const auto want = a.fp64();
+    for (size_t i = 0; i < want.size(); ++i) {
+      mine.add(set + i / a.D, static_cast<float>(ours[i]), want[i]);
+      theirs.add(set + i / a.D, static_cast<float>(apart[i]), want[i]);
+      theirs_fused.add(set + i / a.D, static_cast<float>(fused[i]), want[i]);
+    }
+  }
   expect_not_larger(what, mine, theirs, theirs_fused);
 }
 
