@@ -438,15 +438,10 @@ def _attach_blocks(model, patch: _Patch) -> None:
 
 def _attach_step(model, report: PatchReport) -> None:
     try:
-        step = importlib.import_module("moefuse.step")
-    except ModuleNotFoundError as missing:
-        if missing.name != "moefuse.step":
-            raise
-        raise ValueError(
-            "[patch] variants: expected variants this build has, got 'step': the whole decode "
-            "step is not part of it"
-        ) from None
-    report._step = step.attach(model, report.accumulate)
+        report._step = importlib.import_module("moefuse.step").attach(model, report.accumulate)
+    except ValueError as refusal:  # a tensor or field that the step cannot take
+        report._fell("step", str(refusal))
+        return
     report.patterns.append("step")
     report.modules_patched += 1
 
@@ -481,11 +476,7 @@ def patch(
         _attach_blocks(model, _Patch(family, request, report))
     model._moefuse_report = report
     if "step" in request.variants:
-        try:
-            _attach_step(model, report)
-        except BaseException:
-            unpatch(model)
-            raise
+        _attach_step(model, report)
     return report
 
 

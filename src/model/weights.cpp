@@ -55,7 +55,7 @@ Matrix WeightReader::quantized(const std::string& name, mx::Shape shape) const {
   if (words * 32 != int64_t(bits) * cols || groups * group_size != cols)
     fail(kWhere, name, std::to_string(cols) + " columns",
          describe(weight.shape()) + " words and scales " + describe(scales.shape()));
-  check_quantization(std::string(kWhere) + "] [" + name, group_size, bits);
+  check_quantization(kWhere, group_size, bits, name + " ");
   shape.back() = static_cast<int>(words);
   check_shape(kWhere, name + ".weight", weight, shape);
   shape.back() = static_cast<int>(groups);

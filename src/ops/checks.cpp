@@ -55,10 +55,10 @@ void check_integer(const std::string& op, const std::string& what, const mx::arr
   if (!mx::issubdtype(a.dtype(), mx::integer)) fail(op, what, "integers", describe(a.dtype()));
 }
 
-void check_quantization(const std::string& op, int group_size, int bits) {
-  if (bits != 4 && bits != 8) fail(op, "bits", "4 or 8", std::to_string(bits));
+void check_quantization(const std::string& op, int group_size, int bits, const std::string& of) {
+  if (bits != 4 && bits != 8) fail(op, of + "bits", "4 or 8", std::to_string(bits));
   if (group_size != 32 && group_size != 64 && group_size != 128)
-    fail(op, "group_size", "32, 64 or 128", std::to_string(group_size));
+    fail(op, of + "group_size", "32, 64 or 128", std::to_string(group_size));
 }
 
 ExpertShape check_experts(const std::string& op, const std::string& what, const QuantizedExperts& w,

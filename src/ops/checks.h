@@ -26,7 +26,9 @@ void check_dtype(const std::string& op, const std::string& what, const mx::array
 void check_shape(const std::string& op, const std::string& what, const mx::array& a,
                  const mx::Shape& shape);
 void check_integer(const std::string& op, const std::string& what, const mx::array& a);
-void check_quantization(const std::string& op, int group_size, int bits);
+// `of` ("NAME " where several are checked) stands before the field's name in the error.
+void check_quantization(const std::string& op, int group_size, int bits,
+                        const std::string& of = "");
 
 // One expert stack [experts, rows, cols] in x's dtype: throws when a tensor contradicts the others.
 struct ExpertShape {

@@ -290,12 +290,3 @@ def test_zmlx_exact_on_glm_rounds_the_weights_first(monkeypatch):
     got = block(x)
     assert same_bits(got, want)
     assert not same_bits(got, plain)
-
-
-def test_step_says_when_it_is_not_there():
-    if moefuse.capabilities()["step"]:
-        pytest.skip("this build has the whole step")
-    model = tiny("qwen")
-    with pytest.raises(ValueError, match="got 'step'"):
-        moefuse.patch(model, ["router"], step=True)
-    assert all("_moefuse" not in block.__dict__ for block in blocks(model))
