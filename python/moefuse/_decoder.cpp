@@ -7,6 +7,8 @@
 
 #include <tuple>
 
+#include "cpu/kernels.h"
+#include "decode/read_bandwidth.h"
 #include "moefuse/decoder.h"
 
 namespace nb = nanobind;
@@ -82,6 +84,11 @@ void bind_decoder(nb::module_& m) {
       .def_prop_ro("max_position_embeddings",
                    [](const moefuse::Decoder& d) { return d.config().max_position_embeddings; })
       .def("stages", &stages, "What runs, in order: name, layer, shape, weight_bytes, times.");
+  m.def("read_bandwidth", &moefuse::read_bandwidth, "bytes"_a,
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Bytes a second of a plain read of a buffer of that size by the step's threads, the best "
+        "of several.");
+  m.def("cpu_threads", &moefuse::cpu::num_threads, "Threads of the ops and of the step on a CPU.");
   m.def(
       "writable",
       [](const mx::array& a) {

@@ -124,12 +124,20 @@ def _command(root: Path, name: str, models: Sequence[Path], options: dict) -> st
 @_guarded
 def doctor(
     models: Annotated[list[Path] | None, typer.Argument(help="Model folders to look into.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Decode with the step; its stages, bytes and times.")
+    ] = False,
+    accumulate: Annotated[
+        str, typer.Option(help="Arithmetic of --plan: exact, fp32_no_fma or fp32.")
+    ] = "fp32_no_fma",
     as_json: AsJson = False,
 ) -> None:
     """Devices, wheels and capabilities; for each model what would be fused, and why not."""
     from .lab import doctor as lab_doctor
 
-    found = lab_doctor.examine(_engine(), models or [])
+    if plan and not models:
+        raise LabError("[doctor] --plan: expected a model folder beside it, got none")
+    found = lab_doctor.examine(_engine(), models or [], accumulate if plan else None)
     if as_json:
         _print_json(found)
         return

@@ -6,6 +6,7 @@
 #include "cpu/combine.inl"
 #include "cpu/exact.inl"
 #include "cpu/grid.inl"
+#include "cpu/read.inl"
 #include "cpu/swiglu.inl"
 // Needs swiglu.inl's exponential.
 #include "cpu/attention.inl"
@@ -30,6 +31,7 @@ const Kernels MOEFUSE_TABLE(MOEFUSE_ISA) = {
     .weighted_sum = weighted_sum,
     .exponentials = exponentials,
     .rms_norm = rms_norm,
+    .read = read,
 };
 
 }  // namespace moefuse::cpu

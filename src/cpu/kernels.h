@@ -86,6 +86,9 @@ struct Kernels {
   float (*exponentials)(float* scores, int n, float* top);
   // out = x / sqrt(mean(x^2) + eps) * weight over n values. out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
+
+  // Loads all but the last bytes % 256; the result only keeps the loads alive.
+  uint32_t (*read)(const void* data, int64_t bytes);
 };
 
 // The table for the best instruction set that this processor has; MOEFUSE_ISA names another one

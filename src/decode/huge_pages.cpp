@@ -6,21 +6,24 @@
 
 namespace moefuse {
 
-void use_huge_pages([[maybe_unused]] const Model& model) {
+void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
 #ifndef MADV_COLLAPSE
   constexpr int MADV_COLLAPSE = 25;  // Linux 6.1; older C libraries do not name it
 #endif
   constexpr uintptr_t kPage = 2 << 20;
-  for (const auto& [name, array] : model.weights) {
-    const auto begin = reinterpret_cast<uintptr_t>(array.data<char>());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (begin + array.nbytes()) / kPage * kPage;
-    if (first >= last) continue;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_COLLAPSE);
-  }
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + bytes) / kPage * kPage;
+  if (first >= last) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_COLLAPSE);
 #endif
+}
+
+void use_huge_pages(const Model& model) {
+  for (const auto& [name, array] : model.weights)
+    use_huge_pages(array.data<char>(), array.nbytes());
 }
 
 }  // namespace moefuse

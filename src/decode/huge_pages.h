@@ -6,8 +6,9 @@
 
 namespace moefuse {
 
-// Asks the kernel to hold the arrays' buffers in huge pages, in place. Where it cannot (an old
-// kernel, no memory that lies together), nothing changes.
+// Asks the kernel to hold a buffer, or those of a model's arrays, in huge pages, in place. Where it
+// cannot (an old kernel, no memory that lies together), nothing changes.
+void use_huge_pages(const void* data, size_t bytes);
 void use_huge_pages(const Model& model);
 
 }  // namespace moefuse

@@ -95,6 +95,8 @@ def test_interrupted(repo, monkeypatch):
         (("bench", "models/tiny", "--prompts", "none.json"), "expected a list of name and text"),
         (("fidelity", "models/tiny", "--plant", "magic"), "--plant: expected one of"),
         (("generate", "models/tiny", "--prompt", ""), "expected text, got an empty string"),
+        (("doctor", "--plan"), "--plan: expected a model folder"),
+        (("doctor", "--plan", "models/tiny", "--accumulate", "half"), "accumulate: expected"),
         (("rerun", "none.json"), "none.json: expected a file"),
         (("report", "--out", "none"), "expected a folder with a ledger"),
         (("synth", "--like", "gpt-2", "--out", "x"), "like: expected one of"),
@@ -126,6 +128,42 @@ def test_doctor(repo):
     assert good["fused"]["router"]["modules"] == 2
     assert "expected a model folder" in bad["error"]
     assert "2 modules" in run("doctor", "models/tiny").stdout
+
+
+@pytest.mark.parametrize("accumulate", ["fp32_no_fma", "exact"])
+def test_doctor_plan(repo, accumulate):
+    words = ("doctor", "--plan", "models/tiny", "--accumulate", accumulate)
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)["models"][0]["plan"]
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    assert len(stages) == len(plan["stages"])  # two equal layers are one line
+    assert stages["router"]["layers"] == [0, 1]
+    # Four of sixteen experts in each of two layers: 64 x 64 weights of 4 bits, gate and up; one
+    # scale and one bias of two bytes for each 64.
+    assert stages["experts_gate_up"]["weight_bytes"] == 2 * 4 * 2 * (64 * 64 // 2 + 64 * 4)
+    head = stages["lm_head"]
+    assert head["shape"] == "320 x 64" and head["weight_bytes"] == 320 * (64 // 2 + 4)
+    assert plan["weight_bytes"] == sum(s["weight_bytes"] for s in plan["stages"])
+    assert plan["tokens"] == 32 and plan["accumulate"] == accumulate
+    for stage in plan["stages"]:
+        assert stage["seconds"] > 0
+        rate = stage["weight_bytes"] / stage["seconds"]
+        assert stage["bytes_per_s"] == pytest.approx(rate)
+        assert stage["read_share"] == pytest.approx(rate / plan["read_bytes_per_s"])
+    text = run(*words).stdout
+    assert re.search(r"^router +0-1 +2 +16 x 64, top 4 ", text, re.M)
+    assert re.search(r"^total .*%$", text, re.M)
+
+
+def test_doctor_plan_without_an_executor(repo, monkeypatch):
+    monkeypatch.setattr("moefuse._core.has_executor", lambda: False)
+    result = run("doctor", "--plan", "models/tiny", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)["models"][0]["plan"]
+    assert plan["seconds"] is None and plan["tokens"] == 0
+    assert all(stage["seconds"] is None for stage in plan["stages"])
+    assert "not timed" in run("doctor", "--plan", "models/tiny").stdout
 
 
 def test_fidelity(repo):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import LabError, checkpoint, environment, variants
+from . import LabError, checkpoint, environment, plan, variants
 from .measure import memory_source
 from .variants import Variant, applied
 
 
-def examine(engine, models: Sequence[Path]) -> dict:
-    """Everything `moefuse doctor` knows. A model that cannot be read is told in its place."""
+def examine(engine, models: Sequence[Path], plan_accumulate: str | None = None) -> dict:
+    """Everything `moefuse doctor` knows. A model that cannot be read is told in its place.
+
+    plan_accumulate: also decode with the step in that arithmetic, and tell its plan and times.
+    """
     return {
         "moefuse": engine.__version__,
         "mlx": environment.version_of("mlx"),
@@ -20,17 +23,17 @@ def examine(engine, models: Sequence[Path]) -> dict:
         "memory_source": memory_source(),
         "env": environment.flags(),
         "capabilities": engine.capabilities(),
-        "models": [_look_at(engine, path) for path in models],
+        "models": [_look_at(engine, path, plan_accumulate) for path in models],
     }
 
 
-def _look_at(engine, path: Path) -> dict:
+def _look_at(engine, path: Path, plan_accumulate: str | None) -> dict:
     try:
         found = checkpoint.inspect(path)
         model = checkpoint.load_weights(found, lazy=True)
     except LabError as error:
         return {"name": path.name, "error": str(error)}
-    return {
+    looked = {
         "name": found.name,
         "model_type": found.model_type,
         "kind": found.kind,
@@ -38,6 +41,9 @@ def _look_at(engine, path: Path) -> dict:
         "quantization": found.quantization,
         "fused": {part: _try(engine, model, part) for part in variants.PARTS},
     }
+    if plan_accumulate is not None:
+        looked["plan"] = plan.examine(model, plan_accumulate)
+    return looked
 
 
 def _try(engine, model, part: str) -> dict:
@@ -70,3 +76,6 @@ def lines(found: dict) -> Iterator[str]:
             why = "; ".join(state["fallbacks"])
             told = f"{state['modules']} modules" if state["modules"] else "not fused"
             yield f"  {part:<16}{told}{': ' + why if why else ''}"
+        if "plan" in model:
+            yield ""
+            yield from plan.lines(model["plan"])
