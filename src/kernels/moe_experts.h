@@ -35,6 +35,33 @@ FUNC Affine<W, S> expert_matrix(Affine<W, S> stack, uint expert, uint rows, uint
                 stack.biases + scale);
 }
 
+// Four rows of an expert's matrix times x. An index outside the stack gives NaN and reads nothing.
+template <int BITS, int GROUP, typename W, typename S, typename X>
+FUNC Floats<4> expert_rows(Affine<W, S> stack, uint experts, uint expert, uint row, uint rows,
+                           uint cols, X x, uint lane) {
+  Floats<4> y;
+  UNROLL for (int r = 0; r < 4; ++r) y.v[r] = as_float(0x7fc00000u);
+  if (expert < experts) {
+    y = affine_rows<BITS, GROUP, 4>(expert_matrix<BITS, GROUP>(stack, expert, rows, cols), row,
+                                    rows - 1, cols, x, lane);
+  }
+  return y;
+}
+
+// The same for silu(gate x) * (up x).
+template <typename T, int BITS, int GROUP, bool STEPS, typename W, typename S, typename X>
+FUNC Floats<4> expert_swiglu(Affine<W, S> gate, Affine<W, S> up, uint experts, uint expert,
+                             uint row, uint rows, uint cols, X x, uint lane) {
+  Floats<4> h;
+  UNROLL for (int r = 0; r < 4; ++r) h.v[r] = as_float(0x7fc00000u);
+  if (expert < experts) {
+    h = swiglu_rows<T, BITS, GROUP, 4, STEPS>(expert_matrix<BITS, GROUP>(gate, expert, rows, cols),
+                                              expert_matrix<BITS, GROUP>(up, expert, rows, cols),
+                                              row, rows - 1, cols, x, lane);
+  }
+  return h;
+}
+
 // Lane r stores element r of ROWS results, as TYPE.
 template <typename TYPE, int ROWS, typename O>
 FUNC void store_rows(Floats<ROWS> values, O out, uint at, uint row, uint rows, uint lane) {
