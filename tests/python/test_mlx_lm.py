@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -171,7 +172,7 @@ def test_unknown_command_is_named():
 
 
 @contextmanager
-def server(module: str, name: str, log: Path):
+def server(module: str, name: str, log: Path, **env: str):
     """mlx_lm's server on a free loopback port -> its base address."""
     import socket
 
@@ -181,7 +182,7 @@ def server(module: str, name: str, log: Path):
     words = ["server", "--model", str(ROOT / "models" / name), "--port", str(port), "--temp", "0"]
     with log.open("w") as out:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, *words], env=child_env(), stdout=out, stderr=out
+            [sys.executable, "-m", module, *words], env=child_env(**env), stdout=out, stderr=out
         )
     base = f"http://127.0.0.1:{port}"
     try:
@@ -200,12 +201,18 @@ def server(module: str, name: str, log: Path):
         child.wait(timeout=30)
 
 
-def ask(base: str, text: str, stream: bool):
-    """One chat completion -> (text, finish_reason)."""
-    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 24, "stream": stream}
-    request = urllib.request.Request(
-        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "text/json"}
-    )
+def post(base: str, messages: list[dict], stream: bool, tokens: int = 24) -> urllib.request.Request:
+    """A chat completion as an OpenAI client words it."""
+    body = {"messages": messages, "max_tokens": tokens, "stream": stream}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    return urllib.request.Request(f"{base}/v1/chat/completions", json.dumps(body).encode(), headers)
+
+
+def ask(base: str, *texts: str, stream: bool):
+    """One chat completion after `texts`, user and assistant in turn -> (text, finish_reason)."""
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    request = post(base, messages, stream)
     with urllib.request.urlopen(request, timeout=90) as reply:
         raw = reply.read().decode()
     if not stream:
@@ -217,19 +224,38 @@ def ask(base: str, text: str, stream: bool):
     return text, choices[-1]["finish_reason"]
 
 
-def conversation(module: str, name: str, log: Path):
-    with server(module, name, log) as base:
+def hang_up(base: str) -> None:
+    """A client that goes away in the middle of a long answer."""
+    request = post(base, [{"role": "user", "content": PROMPTS[0]}], stream=True, tokens=400)
+    with urllib.request.urlopen(request, timeout=90) as reply:
+        while not reply.readline().startswith(b"data: {"):
+            pass
+
+
+def conversation(module: str, name: str, log: Path, **env: str):
+    with server(module, name, log, **env) as base:
         plain = [ask(base, text, stream=False) for text in PROMPTS[:2]]
         streamed = [ask(base, text, stream=True) for text in PROMPTS[:2]]
         with ThreadPoolExecutor(2) as pool:  # two clients at once share a batch
             at_once = list(pool.map(lambda text: ask(base, text, stream=True), PROMPTS[:2]))
-    return plain, streamed, at_once
+            leaving = pool.submit(hang_up, base)
+            beside = ask(base, PROMPTS[0], stream=True)
+            leaving.result()
+        history = ask(base, PROMPTS[0], plain[0][0], PROMPTS[1], stream=False)
+    return plain, streamed, at_once, beside, history
+
+
+# What the server's log says it fused, by the flag that chooses it.
+FUSED = {"router,experts": "moe_router, moe_experts fused in", "step": "step fused in 1 modules"}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_server(name, tmp_path):
     stock = conversation("mlx_lm", name, tmp_path / "stock.log")
-    patched = conversation("moefuse.mlx_lm", name, tmp_path / "patched.log")
-    assert patched == stock
-    plain, streamed, _ = stock
+    for variants, told in FUSED.items():
+        log = tmp_path / f"{variants}.log"
+        assert conversation("moefuse.mlx_lm", name, log, MOEFUSE_VARIANTS=variants) == stock
+        assert told in log.read_text()
+    plain, streamed, _, beside, history = stock
     assert streamed == plain and all(len(text) > 5 for text, _ in plain)
+    assert beside == plain[0] and len(history[0]) > 5
