@@ -41,6 +41,24 @@ def test_checkpoint_predicts_held_out_text_better_than_xz(name):
     assert nats / 0.6931471805599453 / len(text.encode()) < xz
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_expert_of_every_layer_is_used_as_the_readme_says(name):
+    config = json.loads((ROOT / "models" / name / "config.json").read_text())
+    usage = json.loads((ROOT / "models" / name / "expert_usage.json").read_text())
+    experts = config.get("num_experts") or config["n_routed_experts"]
+    assert len(usage["calls"]) == config["num_hidden_layers"] - config.get(
+        "first_k_dense_replace", 0
+    )
+    shares = []
+    for layer, calls in usage["calls"].items():
+        assert len(calls) == experts and min(calls) > 0, layer
+        assert sum(calls) % MODELS[name] == 0, layer
+        shares += [count / sum(calls) for count in calls]
+    readme = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    bits = f"{usage['bits_per_byte']:.3f}"
+    assert f"| `{name}` | {bits} | {min(shares):.4f} to {max(shares):.4f} |" in readme
+
+
 def test_prompts_are_held_out_text():
     held = (ROOT / "models" / "heldout.txt").read_text(encoding="utf-8")
     prompts = json.loads((ROOT / "models" / "prompts.json").read_text(encoding="utf-8"))
