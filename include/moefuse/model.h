@@ -1,6 +1,8 @@
 // A checkpoint: its configuration, typed, and its weights by name. The arrays are MLX's own.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -40,7 +42,16 @@ struct Model {
 
 // Opens a folder in mlx-lm's layout: config.json and *.safetensors, of which
 // model.safetensors.index.json names the parts where it exists. Every file is checked against its
-// own header before a tensor is touched. Throws std::invalid_argument naming the file or tensor.
+// own header, and all of them against the machine's memory, before a tensor is touched. Throws
+// std::invalid_argument naming the file or tensor.
 Model load_model(const std::string& folder);
+
+// Bytes that new work can have without swapping, as Linux estimates them; none elsewhere.
+std::optional<uint64_t> available_memory();
+
+// Throws std::invalid_argument with the estimate (weights and 5 %) and what there is, when the
+// first does not fit into the second. Unknown memory is taken to do.
+void check_memory(const std::string& model, uint64_t weight_bytes,
+                  std::optional<uint64_t> available);
 
 }  // namespace moefuse

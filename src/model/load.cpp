@@ -1,6 +1,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
@@ -57,7 +58,8 @@ void check_tensor(const fs::path& path, const std::string& name, const json& ent
   if (end - begin != size) bad(std::to_string(size) + " bytes for its shape", offsets);
 }
 
-void check_safetensors(const fs::path& path) {
+// Returns the bytes of its tensors.
+uint64_t check_safetensors(const fs::path& path) {
   const std::string name = path.filename().string();
   std::error_code error;
   const uint64_t file_bytes = fs::file_size(path, error);
@@ -76,6 +78,7 @@ void check_safetensors(const fs::path& path) {
   if (!header.is_object()) fail(kWhere, name, "a JSON header", "something else");
   for (const auto& [tensor, entry] : header.items())
     if (tensor != "__metadata__") check_tensor(path, tensor, entry, file_bytes - 8 - header_bytes);
+  return file_bytes - 8 - header_bytes;
 }
 
 // The files that hold the weights: those of the index, else every *.safetensors of the folder.
@@ -100,14 +103,36 @@ std::set<std::string> weight_files(const fs::path& folder) {
 
 }  // namespace
 
+std::optional<uint64_t> available_memory() {
+  std::ifstream file("/proc/meminfo");
+  std::string field;
+  for (uint64_t kilobytes; file >> field;) {
+    if (field == "MemAvailable:" && file >> kilobytes) return kilobytes * 1024;
+    file.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+  }
+  return std::nullopt;
+}
+
+void check_memory(const std::string& model, uint64_t weight_bytes,
+                  std::optional<uint64_t> available) {
+  const uint64_t estimate = weight_bytes + weight_bytes / 20;
+  if (!available || estimate <= *available) return;
+  fail(kWhere, model,
+       "weights that fit into the " + std::to_string(*available) + " bytes of available memory",
+       "an estimate of " + std::to_string(estimate) + " bytes (" + std::to_string(weight_bytes) +
+           " of weights and a twentieth)");
+}
+
 Model load_model(const std::string& path) {
   const fs::path folder(path);
   if (!fs::is_directory(folder)) fail(kWhere, path, "a model folder", "none");
   Model model{parse_config(read_text(folder / "config.json")), {}};
   const auto files = weight_files(folder);
   if (files.empty()) fail(kWhere, path, "*.safetensors", "none");
+  uint64_t weight_bytes = 0;
+  for (const std::string& file : files) weight_bytes += check_safetensors(folder / file);
+  check_memory(path, weight_bytes, available_memory());
   for (const std::string& file : files) {
-    check_safetensors(folder / file);
     auto loaded = mx::load_safetensors((folder / file).string(), mx::Device::cpu);
     for (auto& [name, array] : loaded.first)
       if (!model.weights.emplace(name, array).second)
