@@ -1,168 +1,105 @@
 """Plants one change at a time in the kernel texts, rebuilds the emulated tests, counts survivors.
 
-    python tests/metal/mutate.py --mlx-include DIR [--only TEXT] [--out FILE]
+    python tests/metal/mutate.py --mlx-include DIR [--sample 250] [--resume]
 
-Needs g++ and GoogleTest; takes some 20 s a mutant and is not part of the test command. Each mutant
-is (file, what stands there, what is planted, test program). The list with the outcome of the last
-run is mutants.txt. Exit code 1 when more than 5 % live that change something.
+Needs g++ and GoogleTest; takes some 5 s of a core a mutant and is no part of the test command. Two
+kinds: the ones thought of (mutants.py), and a sample, drawn with a fixed seed, of all the places
+where an operator, a number, a rounding, a condition or a statement can be changed. Of the sample,
+those that do not compile are no mutants. The list with the last outcome is mutants.txt. Exit code 1
+when more than 5 % live that change something.
 """
 
 import argparse
 import concurrent.futures
+import datetime
 import pathlib
+import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 
+from mutants import EQUIVALENT, MUTANTS
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-MUTANTS = [
-    (
-        "lanes.h",
-        "uint m = 16; m > 0; m >>= 1) v = add_rn",
-        "uint m = 8; m > 0; m >>= 1) v = add_rn",
-        "moe",
-    ),
-    ("lanes.h", "-1.42860677e-6f", "1.42860677e-6f", "moe"),
-    ("lanes.h", "return x < 0.0f ? y : rounded<T>", "return x <= 1.0f ? y : rounded<T>", "moe"),
-    ("lanes.h", "x > 88.7228f", "x > 88.0f", "moe"),
-    ("affine.h", "mul_rn(float(m.biases[g])", "mul_rn(float(m.scales[g])", "stages"),
-    ("affine.h", "return add_rn(low, high);", "return low;", "stages"),
-    ("affine.h", "e.sum = add_rn(low, high);", "e.sum = low;", "stages"),
-    ("affine.h", "q.w[b / 32]", "q.w[a / 32]", "moe"),
-    ("affine.h", "i == uint(r) ? f.v[r] : v", "i <= uint(r) ? f.v[r] : v", "moe"),
-    ("affine.h", "k < cols; k += 256", "k + 8 < cols; k += 256", "moe"),
-    (
-        "affine.h",
-        "n * (cols / GROUP) + k / GROUP",
-        "n * (cols / GROUP) + k / (2 * GROUP)",
-        "stages",
-    ),
-    ("affine.h", "row + r < last ? row + r : last", "row + r", "stages"),
-    (
-        "moe_router.h",
-        "key > best_key || (key == best_key && rank > best_rank)",
-        "key > best_key",
-        "moe",
-    ),
-    ("moe_router.h", "LAST_WINS ? i + 1u : uint(E) - i", "i + 1u", "moe"),
-    ("moe_router.h", "return NAN_HIGH ? 0xffffffffu : 0u", "return 0xffffffffu", "moe"),
-    ("moe_router.h", "v == 0.0f ? 0.0f : v", "v", "moe"),
-    ("moe_router.h", "best.value[K - 1 - c];\n    sum", "best.value[c];\n    sum", "moe"),
-    ("moe_router.h", "float w = NORM && K > 1", "float w = K > 1", "moe"),
-    ("moe_router.h", "if (!NORM) sum = exp_sum<E>(logits, top, lane);", "", "moe"),
-    (
-        "moe_combine.h",
-        "return rounded<T>(add_rn(sum, rounded<T>(mul_rn(y, weight))));",
-        "return rounded<T>(add_rn(sum, mul_rn(y, weight)));",
-        "moe",
-    ),
-    ("moe_combine.h", "if (COMBINE == 1) return add_rn(sum, mul_rn(y, weight));", "", "moe"),
-    (
-        "moe_experts.h",
-        "rest = fma_rn(float(up.scales[scale])",
-        "rest = fma_rn(float(gate.scales[scale])",
-        "moe",
-    ),
-    ("moe_experts.h", "uint scale = expert * rows * (cols / GROUP);", "uint scale = 0;", "moe"),
-    ("moe_experts_down.body", "group_barrier();\n", "", "moe"),
-    ("moe_experts.h", "if (expert < experts) {\n    y", "if (true) {\n    y", "moe"),
-    ("moe_experts.h", "if (expert < experts) {\n    h", "if (expert <= experts) {\n    h", "moe"),
-    ("moe_experts_gate_up.body", "x + group_z * H", "x", "moe"),
-    ("gather_qmm_swiglu.body", "(matrix * M + group_y)", "(matrix + group_y)", "moe"),
-    ("norm.h", "eps)));", "0.0f)));", "stages"),
-    (
-        "norm.h",
-        "partial[thread_at / 32u] = sum;\n  group_barrier();",
-        "partial[thread_at / 32u] = sum;",
-        "stages",
-    ),
-    ("norm.h", "rounded<T>(mul_rn(x, scale))", "mul_rn(x, scale)", "stages"),
-    ("attention.h", "lane < 16u ? -s : s", "lane < 16u ? s : -s", "stages"),
-    ("attention.h", "a.sum = fma_rn(a.sum, keep, p);", "a.sum = add_rn(a.sum, p);", "stages"),
-    ("attention.h", "top == -as_float(0x7f800000u) ? 0.0f : ", "", "stages"),
-    ("attention.h", "i % 2u == 0u ? -s : s", "s", "stages"),
-    ("attention_gqa.body", "if (group_x % PER == 0u)", "if (true)", "stages"),
-    ("attention_gqa.body", "capacity + first) * D", "capacity) * D", "stages"),
-    ("attention_gqa.body", "sequence * KV_HEADS", "group_z * KV_HEADS", "stages"),
-    ("attention_gqa.body", "(q, rope + group_z * D", "(q, rope", "stages"),
-    ("attention_gqa.body", "newest + KV_HEADS * D", "newest", "stages"),
-    (
-        "attention_gqa.body",
-        "cache + cached * D + lane_id * N",
-        "cache + cached * D + D + lane_id * N",
-        "stages",
-    ),
-    ("attention_gqa.body", "cached * group_y / SPLITS + simd_id", "simd_id", "stages"),
-    ("attention_gqa.body", "group_y == uint(SPLITS - 1)", "group_y == 0u", "stages"),
-    ("attention_mla.body", "(latent_q, lane_id), scale[0]", "(latent_q, lane_id), 1.0f", "stages"),
-    ("attention_mla.body", "angles, lane_id), scale[0])", "angles, lane_id), 1.0f)", "stages"),
-    ("attention_gqa.body", "lane_id), scale[0]);", "lane_id), 1.0f);", "stages"),
-    ("attention_mla.body", "places[4 * group_z] * places", "group_z * places", "stages"),
-    ("attention_mla.body", "places[4 * group_z + 2] - first", "places[4 * group_z + 2]", "stages"),
-    ("attention_mla.body", "if (group_x == 0u)", "if (true)", "stages"),
-    ("attention_mla.body", "rope + group_z * ROPE", "rope", "stages"),
-    ("attention_mla.body", "if (d < uint(ROPE)) score", "score", "stages"),
-    ("attention_mla.body", "group_barrier();\n", "", "stages"),
-    (
-        "attention_mla.body",
-        "+ (group_z * KV_STRIDE + KV_OFFSET)",
-        "+ (group_z * KV_STRIDE)",
-        "stages",
-    ),
-    ("attention_out.body", "rounded<T>(pick<4>(y, lane_id))", "0.0f", "stages"),
-    ("attention_out.body", "row + lane_id < uint(ROWS)", "true", "stages"),
-    ("attention_out.body", "i / SPLITS * SPLITS", "0", "stages"),
-    ("attention.h", "total = fma_rn(stats[2 * i + 1]", "total = fma_rn(stats[1]", "stages"),
-    ("attention.h", "if (lane == 0u) {", "if (simd == 0u) {", "stages"),
-    ("moe_combine.body", "uint at = group_y * K + i;", "uint at = i;", "moe"),
-    ("moe_combine.body", "if (d < uint(D))", "if (true)", "moe"),
-    ("moe_router_softmax.body", "if (LOGITS)", "if (!LOGITS)", "moe"),
-    ("moe_router_softmax.body", "logits[group_x * E + i]", "logits[i]", "moe"),
-    ("moe_router_sigmoid.body", "group_x * K, lane_id", "0, lane_id", "moe"),
-    ("moe_router_sigmoid.body", "bias, scaling[0]", "logits, scaling[0]", "moe"),
-    ("moe_router.h", "add_rn(sum, 1e-20f)", "add_rn(sum, 1e-2f)", "moe"),
-    ("moe_router.h", "taken |= winner % 32u == lane", "taken |= winner % 32u != lane", "moe"),
-    ("moe_experts_gate_up.body", "slot * I, row", "slot * I + 1, row", "moe"),
-    ("moe_experts_gate_up.body", "up_biases), E,", "up_biases), E + 1,", "moe"),
-    ("moe_experts_down.body", "down_biases), E,", "down_biases), E + 1,", "moe"),
-    ("moe_experts_down.body", "weights[group_y * K + i]", "weights[i]", "moe"),
-    ("moe_experts_down.body", "STEPS ? rounded<T>(part) : part", "part", "moe"),
-    ("gather_qmm_swiglu.body", "matrix < uint(MATRICES) ? E : 0", "E", "moe"),
-    ("embed.body", "token * (H / GROUP) + i / GROUP", "token * (H / GROUP)", "stages"),
-    ("embed.body", "token < uint(V)", "token <= uint(V)", "stages"),
-    ("embed.body", "i * BITS % 32u", "0u", "stages"),
-    ("norm_gate_up.body", "x + group_y * H", "x", "stages"),
-    ("norm_gate_up.body", "group_y * I, row, I", "group_y * I, row, I + 4", "stages"),
-    ("mla_unembed.body", "group_y, V, LORA", "0, V, LORA", "stages"),
-    ("mla_unembed.body", "group_barrier();\n", "", "stages"),
-    ("mla_unembed.body", "share[s], sum", "1.0f, sum", "stages"),
-    ("norm_qkv.body", "first = NQ + NK;", "first = NQ;", "stages"),
-    ("norm_qkv.body", "x + group_y * STRIDE", "x + group_y * H", "stages"),
-    ("norm_router_sigmoid.body", "scaling[0]", "1.0f", "stages"),
-    ("norm_router_sigmoid.body", "logits[row] = rounded<T>(sum)", "logits[row] = sum", "stages"),
-    ("norm_router_sigmoid.body", "out[group_x * H + k]", "out[k]", "stages"),
-    (
-        "norm_router_softmax.body",
-        "row < uint(E); row += 64",
-        "row < uint(E) && row < 64; row += 64",
-        "stages",
-    ),
-    ("moe_experts_gate_up_shared.body", "group_y < uint(K)", "group_y <= uint(K)", "stages"),
-    ("moe_experts_down_shared.body", "parts[K * 4 + thread_id]", "0.0f", "stages"),
-    ("moe_experts_down_residual.body", "float(residual[i])", "0.0f", "stages"),
-    ("moe_experts_down_residual.body", "rounded<T>(sum)", "sum", "stages"),
-    ("moe_experts_down_shared.body", "stack = E;", "stack = 1;", "stages"),
-    ("moe_experts_gate_up_shared.body", "expert = indices", "expert = 0u * indices", "stages"),
-    ("linear_residual.body", "i = group_y * ROWS", "i = 0u * ROWS", "stages"),
-    ("linear_residual.body", "x + group_y * COLS", "x", "stages"),
+# The test programs that see a text.
+HELPERS = {
+    "lanes": "moe stages",
+    "affine": "moe stages",
+    "moe_combine": "moe stages",
+    "moe_experts": "moe stages",
+    "moe_router": "moe stages",
+    "norm": "stages",
+    "attention": "stages",
+}
+OPS = {
+    "gather_qmm_swiglu",
+    "moe_combine",
+    "moe_experts_down",
+    "moe_experts_gate_up",
+    "moe_router_sigmoid",
+    "moe_router_softmax",
+}
+
+# What a line of kernel text can become: a pattern and its replacement.
+OPERATORS = [
+    (r" \+ ", " - "),
+    (r" - ", " + "),
+    (r" \* ", " + "),
+    (r" / ", " * "),
+    (r" % ", " / "),
+    (r"(?<!template) < ", " <= "),
+    (r" > ", " >= "),
+    (r" >= ", " > "),
+    (r" == ", " != "),
+    (r" && ", " || "),
+    (r"\brounded<T>\(", "("),
+    (r"(?<=[(,?:] )-(?=[a-z])", ""),
+    (r"\badd_rn\(", "mul_rn("),
+    (r"\bmul_rn\(", "add_rn("),
+    (r"\b0\.0f", "1.0f"),
+    (r"\b1\.0f", "0.0f"),
+    (r"(?<![\w.<])(\d+)(?=u?\b(?![.>]))", lambda found: str(int(found[1]) + 1)),
+    (r"(?<=\bif )\(.*\)(?= |$)", "(true)"),
+    (r"(?<=\bif )\(.*\)(?= |$)", "(false)"),
+    (r"^ *[\w.\[\]]+ [|*+]?= .*;$", ""),
+    (r"^ *group_barrier\(\);$", ""),
 ]
 
-# What no test can see, with the reason: (file, what is planted).
-EQUIVALENT = {
-    ("attention_gqa.body", "group_y == 0u"): "another stretch takes the newest position, once",
-}
+# As the tests are built (CMakeLists.txt).
+SANITIZE = [
+    "-fsanitize=undefined,bounds-strict,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+]
+
+
+def all_mutants():
+    """Every mutant that OPERATORS make of the kernel texts, dialects and signatures aside."""
+    found = []
+    for path in sorted((ROOT / "src/kernels").iterdir()):
+        if path.suffix == ".body" or path.stem in HELPERS:
+            lines = path.read_text().splitlines()
+            tests = HELPERS.get(path.stem) or ("moe" if path.stem in OPS else "stages")
+            for number, line in enumerate(lines):
+                found += [(path.name, *ends, tests) for ends in line_mutants(lines, number, line)]
+    return list(dict.fromkeys(found))
+
+
+def line_mutants(lines, number, line):
+    """(what stands there, what is planted) for one line; lines before it make it the only one."""
+    code = re.sub(r"\s*//.*", "", line)
+    if code.startswith(("#", "template", "FUNC")):
+        return
+    start, text = number, "\n".join(lines)
+    while text.count("\n".join(lines[start : number + 1])) > 1:
+        start -= 1
+    before = "".join(before + "\n" for before in lines[start:number])
+    for pattern, replacement in OPERATORS:
+        for at in re.finditer(pattern, code):
+            planted = at.expand(replacement) if isinstance(replacement, str) else replacement(at)
+            yield before + line, before + code[: at.start()] + planted + code[at.end() :]
 
 
 def compile_flags(texts, mlx_include):
@@ -182,17 +119,28 @@ def compile_flags(texts, mlx_include):
 
 def outcome(work, mutant, mlx_include):
     """How a mutant fares: 'survived', or what stopped it."""
-    file, old, new, test = mutant
-    texts, program = work / "kernels", work / "program"
+    file, old, new, tests = mutant
+    texts = work / "kernels"
     shutil.copytree(ROOT / "src/kernels", texts)
     original = (texts / file).read_text()
     if old not in original:
         raise SystemExit(f"{file}: expected {old!r} in the text, found none")
     (texts / file).write_text(original.replace(old, new, 1))
-    source = str(ROOT / f"tests/metal/test_{test}.cpp")
+    fates = (
+        outcome_of_test(work, texts, test, mlx_include, flags)
+        for flags in ([], SANITIZE)  # slow, so only for what lives without
+        for test in tests.split()
+    )
+    return next((fate for fate in fates if fate != "survived"), "survived")
+
+
+def outcome_of_test(work, texts, test, mlx_include, flags):
+    program = work / "program"
     command = [
         *compile_flags(texts, mlx_include),
-        source,
+        *flags,
+        *([] if flags else ["-include", str(work.parent / "common.h")]),
+        str(ROOT / f"tests/metal/test_{test}.cpp"),
         str(work.parent / "emulator.o"),
         "-o",
         str(program),
@@ -202,10 +150,49 @@ def outcome(work, mutant, mlx_include):
     if subprocess.run(command, capture_output=True).returncode != 0:
         return "does not build"
     try:
-        run = subprocess.run([str(program)], capture_output=True, timeout=120)
+        run = subprocess.run([str(program), "--gtest_fail_fast"], capture_output=True, timeout=120)
     except subprocess.TimeoutExpired:
         return "killed (endless)"
     return "survived" if run.returncode == 0 else "killed"
+
+
+def prepare(work, mlx_include):
+    """What every mutant shares: the emulator, and the headers that hold no kernel text."""
+    flags = compile_flags(ROOT / "src/kernels", mlx_include)
+    emulator = str(ROOT / "tests/metal/emulator/emulator.cpp")
+    command = [*flags, "-O2", "-c", emulator, "-o", str(work / "emulator.o")]
+    subprocess.run(command, check=True)
+    header = work / "common.h"
+    header.write_text(
+        '#include <gtest/gtest.h>\n#include "emulator.h"\n#include "mlx/types/half_types.h"\n'
+    )
+    command = [*flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+    subprocess.run(command, check=True)
+
+
+def report(lines, chosen):
+    """The lines of mutants.txt, and the share that lives of those that change something."""
+    listed, counts = [], {"killed": 0, "equivalent": 0, "alive": 0}
+    for line, mutant in zip(lines, chosen, strict=True):
+        reason = EQUIVALENT.get((mutant[0], mutant[2]))
+        killed = line.startswith("killed")
+        if line.startswith("does not build") and mutant not in MUTANTS:
+            continue
+        counts["killed" if killed else "equivalent" if reason else "alive"] += 1
+        listed.append(f"{line}   (equivalent: {reason})" if reason and not killed else line)
+    alive = counts["alive"] / max(1, counts["killed"] + counts["alive"])
+    head = (
+        f"# mutate.py, {datetime.date.today()}: {len(listed)} mutants, {counts['killed']} killed, "
+        f"{counts['equivalent']} equivalent, {counts['alive']} alive that change something: "
+        f"{100 * (1 - alive):.1f} % of those that change something are killed."
+    )
+    return [head, *listed], alive
+
+
+def outcomes(text):
+    """{mutant: outcome} of a list, finished or not."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {line[16:].split("   (equivalent")[0].strip(): line[:16].strip() for line in lines}
 
 
 def main():
@@ -214,42 +201,38 @@ def main():
     parser.add_argument("--only", default="", help="only mutants of files with this in their name")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", default=str(ROOT / "tests/metal/mutants.txt"))
+    parser.add_argument("--sample", type=int, default=250, help="how many mutants are drawn")
+    parser.add_argument("--resume", action="store_true", help="keep the outcomes that --out has")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if args.only in m[0]]
+    sample = random.Random(20261124).sample(all_mutants(), args.sample)
+    chosen = [m for m in [*MUTANTS, *sample] if args.only in m[0]]
+    out = pathlib.Path(args.out)
+    known = outcomes(out.read_text()) if args.resume and out.exists() else {}
+    out.write_text("".join(f"{fate:16} {name}\n" for name, fate in known.items()))
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
-        subprocess.run(
-            [
-                *compile_flags(ROOT / "src/kernels", args.mlx_include),
-                "-c",
-                str(ROOT / "tests/metal/emulator/emulator.cpp"),
-                "-o",
-                str(work / "emulator.o"),
-            ],
-            check=True,
-        )
+        prepare(work, args.mlx_include)
 
         def run(numbered):
             number, mutant = numbered
+            name = f"{mutant[0]}: {mutant[1]!r} -> {mutant[2]!r}"
+            if name in known:
+                return f"{known[name]:16} {name}"
             place = work / str(number)
             place.mkdir()
-            line = (
-                f"{outcome(place, mutant, args.mlx_include):16} {mutant[0]}: "
-                f"{mutant[1]!r} -> {mutant[2]!r}"
-            )
+            line = f"{outcome(place, mutant, args.mlx_include):16} {name}"
             shutil.rmtree(place)
+            with out.open("a") as file:
+                file.write(line + "\n")
             print(line, flush=True)
             return line
 
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             lines = list(pool.map(run, enumerate(chosen)))
-    pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
-    alive = [
-        m for line, m in zip(lines, chosen, strict=True)
-        if not line.startswith("killed") and (m[0], m[2]) not in EQUIVALENT
-    ]
-    print(f"{len(chosen)} mutants, {len(alive)} alive that change something")
-    sys.exit(len(alive) > 0.05 * len(chosen))
+    listed, alive = report(lines, chosen)
+    out.write_text("\n".join(listed) + "\n")
+    print(listed[0])
+    sys.exit(alive > 0.05)
 
 
 if __name__ == "__main__":

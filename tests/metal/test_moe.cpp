@@ -146,6 +146,36 @@ TEST(Router, SoftmaxOfNanIsNanAndTakesTheLastExperts) {
   }
 }
 
+// Places of the last simdgroup row that hold no expert must not take part in the maximum.
+TEST(Router, SoftmaxOfLowLogitsBesideAbsentExperts) {
+  for (float low : {-200.0f, -1e30f}) {
+    auto [indices, weights] =
+        run_softmax_router<RouterParams<float, 40, 4, true>>(std::vector<float>(40, low));
+    EXPECT_EQ(weights.values(), std::vector<float>(4, 0.25f));
+  }
+}
+
+// Bit for bit: each chosen score over their sum, which is rounded to T after every step.
+template <typename T, int E, int K>
+void check_normalized_in_steps() {
+  const auto logits = tied_logits<T>(16, E);
+  auto plain = std::get<1>(run_softmax_router<RouterParams<T, E, K, false>>(logits)).values();
+  auto normed = std::get<1>(run_softmax_router<RouterParams<T, E, K, true>>(logits)).values();
+  for (size_t at = 0; at < plain.size(); at += K) {
+    T sum = T(0.0f);
+    for (int c = 0; c < K; ++c)
+      sum = T(static_cast<float>(sum) + static_cast<float>(plain[at + c]));
+    for (int c = 0; c < K; ++c)
+      plain[at + c] = T(static_cast<float>(plain[at + c]) / static_cast<float>(sum));
+  }
+  EXPECT_EQ(std::memcmp(plain.data(), normed.data(), plain.size() * sizeof(T)), 0);
+}
+TEST(Router, SoftmaxNormalizesInStepsOfTheDtype) {
+  check_normalized_in_steps<bfloat16_t, 128, 8>();
+  check_normalized_in_steps<float16_t, 60, 4>();
+  check_normalized_in_steps<float, 48, 6>();
+}
+
 TEST(Router, LogitsPutNanOnTop) {
   std::vector<float> row(40, -2.0f);
   row[9] = kNan;
@@ -154,6 +184,14 @@ TEST(Router, LogitsPutNanOnTop) {
   row[2] = -1.0f;
   auto [indices, weights] = run_softmax_router<RouterParams<float, 40, 4, true, true>>(row);
   EXPECT_EQ(indices.values(), (std::vector<uint>{39, 2, 4, 9}));
+}
+
+TEST(Router, LogitsFarApartDoNotOverflow) {
+  std::vector<float> row(40, -100.0f);
+  row[5] = 300.0f;
+  auto [indices, weights] = run_softmax_router<RouterParams<float, 40, 4, true, true>>(row);
+  EXPECT_EQ(indices.values(), (std::vector<uint>{37, 38, 39, 5}));
+  EXPECT_EQ(weights.values(), (std::vector<float>{0.0f, 0.0f, 0.0f, 1.0f}));
 }
 
 TEST(Router, LogitsTieZerosOfEitherSign) {
@@ -211,6 +249,14 @@ TEST(Router, SigmoidGlm) {
 TEST(Router, SigmoidNoNorm) {
   check_sigmoid_router<RouterParams<float, 40, 6, false>>();
 }
+TEST(Router, SigmoidTwoExperts) {
+  check_sigmoid_router<RouterParams<float, 64, 2, true>>();
+}
+TEST(Router, SigmoidScoresOfZeroGiveZeroWeights) {
+  auto [indices, weights] = run_sigmoid_router<RouterParams<float, 64, 2, true>>(
+      std::vector<float>(64, -200.0f), std::vector<float>(64, 0.0f), 1.8f);
+  EXPECT_EQ(weights.values(), std::vector<float>(2, 0.0f));
+}
 TEST(Router, SigmoidOneExpert) {
   check_sigmoid_router<RouterParams<float16_t, 33, 1, true>>();
 }
@@ -256,7 +302,7 @@ TEST(Lanes, ExpIsWithinTwoUlp) {
   EXPECT_EQ(exp_fp32(-100.0f), 0.0f);
   EXPECT_EQ(exp_fp32(kInf), kInf);
   EXPECT_EQ(exp_fp32(89.0f), kInf);
-  EXPECT_FALSE(std::isinf(exp_fp32(88.72f)));
+  EXPECT_FALSE(std::isinf(exp_fp32(88.7228f)));  // the largest argument with a finite result
   EXPECT_TRUE(std::isnan(exp_fp32(kNan)));
 }
 

@@ -181,14 +181,14 @@ std::vector<Approx> normed_and_turned(const std::vector<T>& v, size_t begin,
 }
 
 template <class P>
-void check_gqa(uint rows, uint cached, uint spare) {
+void check_gqa(uint rows, uint cached, uint spare, float factor = 0.3f) {
   using T = typename P::T;
   const Places to = {rows, cached, cached + rows + spare};
   constexpr size_t width = (P::HEADS + 2 * P::KV_HEADS) * P::D;
   Buffer<T> qkv(uniform_vector<T>(rows * width, -1.0f, 1.0f));
   Buffer<T> q_norm(uniform_vector<T>(P::D, 0.5f, 2.0f)),
       k_norm(uniform_vector<T>(P::D, 0.5f, 2.0f));
-  Buffer<float> eps({1e-3f}), scale({0.3f}), rope(rope_table(rows, P::D / 2));
+  Buffer<float> eps({1e-3f}), scale({factor}), rope(rope_table(rows, P::D / 2));
   Buffer<uint> places(to.values());
   const size_t cache_size = size_t(to.sequences()) * P::KV_HEADS * to.capacity * P::D;
   const auto k_old = uniform_vector<T>(cache_size, -2.0f, 2.0f);
@@ -223,7 +223,7 @@ void check_gqa(uint rows, uint cached, uint spare) {
         values.push_back(
             i < cached ? exact(v_old, at, P::D)
                        : exact(qkv.values(), base + (P::HEADS + P::KV_HEADS + kv) * P::D, P::D));
-        scores.push_back(mul(dot_product(q, key), {0.3f, 0}));
+        scores.push_back(mul(dot_product(q, key), {factor, 0}));
         for (size_t d = 0; i == cached && d < P::D; ++d) {
           expect_near(k_new[at + d], key[d], "k_cache", at + d);
           expect_near(v_new[at + d], values.back()[d], "v_cache", at + d);
@@ -257,6 +257,10 @@ TEST(AttentionGqa, FewerKeysThanStretches) {
 }
 TEST(AttentionGqa, FullCacheFourRows) {
   check_gqa<GqaParams<float16_t, 6, 2, 96, 1>>(4, 31, 0);
+}
+// Scores hundreds apart: e^(score - top) holds only where the top is that of all keys so far.
+TEST(AttentionGqa, ScoresFarApart) {
+  check_gqa<GqaParams<float, 4, 2, 32, 2>>(2, 61, 0, 30.0f);
 }
 
 // ---- merge + o + residual ----
@@ -467,6 +471,9 @@ TEST(AttentionMla, GlmSlice) {
 }
 TEST(AttentionMla, FirstTokenTwoRows) {
   check_mla<MlaParams<float, 4, 32, 3, 64, 32, 64, 2, 16>>(2, 0, 7);
+}
+TEST(AttentionMla, OneHead) {
+  check_mla<MlaParams<float, 4, 32, 1, 32, 32, 64, 2, 16>>(1, 5, 2);
 }
 TEST(AttentionMla, SmallRope) {
   check_mla<MlaParams<float16_t, 8, 32, 2, 32, 16, 96, 1, 0>>(2, 19, 0);
@@ -745,6 +752,10 @@ void check_shared(size_t rows) {
 
 TEST(StepExperts, SharedGlmSlice) {
   check_shared<StepParams<bfloat16_t, float, 4, 64, 4, 4, 512, 128, 12, 1>>(1);
+}
+// Enough elements that a rounding less shows in some.
+TEST(StepExperts, SharedRoundsTheSumFirst) {
+  check_shared<StepParams<bfloat16_t, float, 4, 64, 4, 4, 64, 128, 256, 1>>(2);
 }
 TEST(StepExperts, SharedRows) {
   check_shared<StepParams<float, float, 8, 32, 2, 1, 96, 64, 5, 1>>(3);
