@@ -285,6 +285,51 @@ MUTANTS = [
 ]
 
 # What no test can see, with the reason: (file, what is planted).
+MEMORY = "more threadgroup memory than is used"
+DROPPED = "the row past the end repeats the last one, and its result is not stored"
 EQUIVALENT = {
     ("attention_gqa.body", "group_y == 0u"): "another stretch takes the newest position, once",
+    ("moe_experts_down_shared.body", "SHARED_ARRAY(float, parts, (K + 1) * 5);"): MEMORY,
+    ("norm_router_softmax.body", "SHARED_ARRAY(float, partial, 17);"): MEMORY,
+    ("norm_gate_up.body", "SHARED_ARRAY(float, partial, 9);"): MEMORY,
+    ("attention_out.body", "if (row <= uint(ROWS)) {"): DROPPED,
+    ("linear_residual.body", "if (row <= uint(ROWS)) {"): DROPPED,
+    (
+        "attention_mla.body",
+        "for (uint row = simd_id * 4; row <= uint(LORA); row += 32) {",
+    ): DROPPED,
+    (
+        "moe_router.h",
+        "    UNROLL for (int p = 0; p <= (E + 31) / 32; ++p) {",
+    ): "no index / 32 is the place past the end, so it is not read",
+    (
+        "moe_router.h",
+        "  float top = -as_float(0x7f800000u);\n"
+        "  UNROLL for (int p = 0; p <= (E + 31) / 32; ++p) {",
+    ): "the place past the end is not inside, so it is not read",
+    (
+        "lanes.h",
+        "  float e = exp_fp32(gate <= 0.0f ? gate : -gate);",
+    ): "e^0 and e^-0 are both 1",
+    (
+        "lanes.h",
+        "  return x <= 0.0f ? y : rounded<T>(add_rn(1.0f, -y));",
+    ): "at 0 both are 1 / 2",
+    (
+        "norm_router_softmax.body",
+        "if (simd_id == 1u) {",
+    ): "another simdgroup does the same",
+    (
+        "moe_router.h",
+        "    for (uint m = 17; m > 0; m >>= 1) {",
+    ): "17, 8, 4, 2, 1 also reach every lane, and the maximum has no order",
+    (
+        "attention.h",
+        "    float c = i < uint(D) ? rope[i / 2 * 2] : 1.0f, "
+        "s = i < uint(D) ? rope[i / 2 * 2 + 1] : 0.0f;",
+    ): "it multiplies a zero there",
+    (
+        "affine.h",
+        "  UNROLL for (int r = 1; r <= N; ++r) v = i == uint(r) ? f.v[r] : v;",
+    ): "no caller asks for element N, so it is not read",
 }

@@ -580,6 +580,10 @@ TEST(NormRouter, Fp32ThreeRows) {
   check_norm_router_softmax<GateParams<float, 4, 32, 160, 41, 3, false>>(3);
 }
 
+TEST(NormRouter, OneExpertInTheLastPlace) {
+  check_norm_router_softmax<GateParams<float, 4, 32, 160, 33, 8, false>>(1);
+}
+
 template <class P>
 void check_norm_router_sigmoid(size_t rows) {
   using T = typename P::T;
