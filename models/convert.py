@@ -1,6 +1,6 @@
 """Turns a trained checkpoint into what models/ holds: mlx_lm.convert, 4 bits, groups of 64.
 
-    python models/convert.py TRAINED_DIR models/qwen3-moe-tiny
+python models/convert.py TRAINED_DIR models/qwen3-moe-tiny
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ def main() -> None:
     parser.add_argument("trained", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    convert(str(args.trained), str(args.out), quantize=True, q_group_size=64, q_bits=4,
-            dtype="bfloat16")
+    convert(
+        str(args.trained), str(args.out), quantize=True, q_group_size=64, q_bits=4, dtype="bfloat16"
+    )
     shutil.copy(args.trained / "training.json", args.out / "training.json")
     # transformers 5 writes its own class name; this one also loads in transformers 4.
     path = args.out / "tokenizer_config.json"

@@ -68,14 +68,21 @@ def main() -> None:
     text = whole[: args.bytes or None].decode("utf-8", "ignore")
     counts = count_experts(model)
     rate = bits_per_byte(model, tokenizer, text)
-    print(f"{args.model.name}: {rate:.4f} bits per byte over {len(text.encode())} bytes; "
-          f"xz -9e on all {len(whole)}: {xz_bits_per_byte(whole):.4f}")
+    print(
+        f"{args.model.name}: {rate:.4f} bits per byte over {len(text.encode())} bytes; "
+        f"xz -9e on all {len(whole)}: {xz_bits_per_byte(whole):.4f}"
+    )
     for layer, count in counts.items():
         share = count / count.sum()
-        print(f"layer {layer}: min {share.min():.4f} median {np.median(share):.4f} "
-              f"max {share.max():.4f} of {1 / len(share):.4f}")
-    usage = {"heldout_bytes": len(text.encode()), "bits_per_byte": round(rate, 4),
-             "calls": {str(k): v.tolist() for k, v in counts.items()}}
+        print(
+            f"layer {layer}: min {share.min():.4f} median {np.median(share):.4f} "
+            f"max {share.max():.4f} of {1 / len(share):.4f}"
+        )
+    usage = {
+        "heldout_bytes": len(text.encode()),
+        "bits_per_byte": round(rate, 4),
+        "calls": {str(k): v.tolist() for k, v in counts.items()},
+    }
     (args.model / "expert_usage.json").write_text(json.dumps(usage) + "\n")
 
 

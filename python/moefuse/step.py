@@ -135,9 +135,7 @@ def _rows(tokens: list[int], cache) -> list[tuple[int, int, int, int, int]]:
         firsts, positions = cache.left_padding.tolist(), cache.offset.tolist()
     else:
         firsts, positions = [0] * len(tokens), [slot] * len(tokens)
-    return [
-        (token, row, positions[row], firsts[row], slot) for row, token in enumerate(tokens)
-    ]
+    return [(token, row, positions[row], firsts[row], slot) for row, token in enumerate(tokens)]
 
 
 def _advance(caches, rows: list[tuple[int, int, int, int, int]]) -> None:

@@ -18,8 +18,15 @@ import sys
 import tempfile
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "src/kernels"
-HELPERS = ["lanes.h", "norm.h", "affine.h", "attention.h", "moe_combine.h", "moe_experts.h",
-           "moe_router.h"]
+HELPERS = [
+    "lanes.h",
+    "norm.h",
+    "affine.h",
+    "attention.h",
+    "moe_combine.h",
+    "moe_experts.h",
+    "moe_router.h",
+]
 PREAMBLE = """
 #define FUNC inline
 #define UNROLL _Pragma("unroll")
@@ -71,10 +78,16 @@ LINT = [  # (pattern, where it is forbidden, why)
     (r"\bstatic\b", ".h.body", "a static local or global"),
     (r"^(?:const(?:expr)? )?(?:float|uint|int|bool) \w+( =|;|\[)", ".h", "a global variable"),
     (r"\batomic", ".h.body", "an atomic"),
-    (r"(?<![\w.])(exp|log|sin|cos|tanh|rsqrt|fma|simd_sum|simd_max)\s*\(", ".h.body",
-     "a device function whose bits differ"),
-    (r"\b(float|uint|int|bool|T|U)\s*[&*]\s*\w+", ".h.body",
-     "a pointer or reference without an address space"),
+    (
+        r"(?<![\w.])(exp|log|sin|cos|tanh|rsqrt|fma|simd_sum|simd_max)\s*\(",
+        ".h.body",
+        "a device function whose bits differ",
+    ),
+    (
+        r"\b(float|uint|int|bool|T|U)\s*[&*]\s*\w+",
+        ".h.body",
+        "a pointer or reference without an address space",
+    ),
     (r"\w+_(shape|strides|ndim)\b", ".body", "a name that fast::metal_kernel would expand"),
 ]
 
@@ -84,11 +97,17 @@ def signatures():
     text = (KERNELS / "signatures.h").read_text().replace("\\\n", " ")
     found = {}
     for name, body in re.findall(r"#define (\w+)_SIGNATURE (.*)", text):
-        body = re.sub(r"AFFINE_IN\((\w*),[^)]*\)",
-                      r"IN(uint, \1weight, 0) IN(T, \1scales, 0) IN(T, \1biases, 0)", body)
+        body = re.sub(
+            r"AFFINE_IN\((\w*),[^)]*\)",
+            r"IN(uint, \1weight, 0) IN(T, \1scales, 0) IN(T, \1biases, 0)",
+            body,
+        )
         parameters = re.findall(r"\b(TYPE|INT|BOOL)\((\w+)\)", body)
-        found[name.lower()] = (parameters, re.findall(r"\bIN\((\w+), (\w+)", body),
-                               re.findall(r"\bOUT\((\w+), (\w+)", body))
+        found[name.lower()] = (
+            parameters,
+            re.findall(r"\bIN\((\w+), (\w+)", body),
+            re.findall(r"\bOUT\((\w+), (\w+)", body),
+        )
     return found
 
 
@@ -117,14 +136,19 @@ def opencl_source():
 def generated_source(text):
     """One of metal_sources' files: its template parameters become constants, its kernel plain."""
     helpers, parameters, rest = re.match(
-        r"(.*)\ntemplate <([^\n]*)>\n\[\[kernel\]\] void (.*)", text, re.DOTALL).groups()
-    kernel, values = re.match(r"(.*)\ntemplate \[\[host_name.*<([^<>]*)>;\n$", rest,
-                              re.DOTALL).groups()
+        r"(.*)\ntemplate <([^\n]*)>\n\[\[kernel\]\] void (.*)", text, re.DOTALL
+    ).groups()
+    kernel, values = re.match(
+        r"(.*)\ntemplate \[\[host_name.*<([^<>]*)>;\n$", rest, re.DOTALL
+    ).groups()
     source = METAL + helpers + "\n"
     for parameter, value in zip(parameters.split(", "), values.split(", "), strict=True):
         kind, name = parameter.split()
-        source += (f"using {name} = {value};\n" if kind == "typename"
-                   else f"constexpr __constant {kind} {name} = {value};\n")
+        source += (
+            f"using {name} = {value};\n"
+            if kind == "typename"
+            else f"constexpr __constant {kind} {name} = {value};\n"
+        )
     return source + "__kernel void " + re.sub(r" \[\[\w+(\(\d+\))?\]\]", "", kernel)
 
 
@@ -132,13 +156,18 @@ def generated_errors(clang, program):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([program, folder], check=True, capture_output=True)
         paths = sorted(pathlib.Path(folder).glob("*.metal"))
-        findings = [f"{path.name}: {line}" for path in paths
-                    for line in compile_errors(clang, generated_source(path.read_text()))
-                    .splitlines()]
+        findings = [
+            f"{path.name}: {line}"
+            for path in paths
+            for line in compile_errors(clang, generated_source(path.read_text())).splitlines()
+        ]
         stems = {re.sub(r"^\d+_moefuse_|\.metal$", "", path.name) for path in paths}
         findings += [f"{stem}: no generated source" for stem in signatures().keys() - stems]
-        planted = next(path for path in paths if "norm_qkv" in path.name).read_text().replace(
-            "const device uint32_t* k_weight", "const constant uint32_t* k_weight")
+        planted = (
+            next(path for path in paths if "norm_qkv" in path.name)
+            .read_text()
+            .replace("const device uint32_t* k_weight", "const constant uint32_t* k_weight")
+        )
         if not compile_errors(clang, generated_source(planted)):
             findings.append("the compile of generated sources passes a planted mistake")
         print(f"{len(paths)} generated sources of {len(stems)} kernels compiled")
@@ -149,8 +178,21 @@ def compile_errors(clang, source):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "texts.clcpp"
         path.write_text(source)
-        run = subprocess.run([clang, "-x", "cl", "-cl-std=clc++2021", "-target", "spir64", "-w",
-                              "-fsyntax-only", str(path)], capture_output=True, text=True)
+        run = subprocess.run(
+            [
+                clang,
+                "-x",
+                "cl",
+                "-cl-std=clc++2021",
+                "-target",
+                "spir64",
+                "-w",
+                "-fsyntax-only",
+                str(path),
+            ],
+            capture_output=True,
+            text=True,
+        )
     return run.stderr if run.returncode else ""
 
 
@@ -182,8 +224,9 @@ def main():
         sys.exit(77)
     if args.clang:
         findings += compile_errors(args.clang, opencl_source()).splitlines()
-        planted = opencl_source().replace("SHARED_ARRAY(T, normed, H);",
-                                          "SHARED_ARRAY(T, normed, H); __global float* p = normed;")
+        planted = opencl_source().replace(
+            "SHARED_ARRAY(T, normed, H);", "SHARED_ARRAY(T, normed, H); __global float* p = normed;"
+        )
         if not compile_errors(args.clang, planted):
             findings.append("the address-space check passes a planted mistake")
         if args.sources:

@@ -39,9 +39,7 @@ def program(tmp_path_factory) -> Path:
 
 
 def run(program: Path, *words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [program, *map(str, words)], capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([program, *map(str, words)], capture_output=True, text=True, timeout=120)
 
 
 def greedy(model, prompt: list[int]) -> list[int]:

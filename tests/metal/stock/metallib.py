@@ -25,13 +25,13 @@ def functions(data):
     for _ in range(count):
         (size,) = struct.unpack_from("<I", data, at)
         tags, place = {}, at + 4
-        while place < at + size and data[place:place + 4] != b"ENDT":
+        while place < at + size and data[place : place + 4] != b"ENDT":
             (length,) = struct.unpack_from("<H", data, place + 4)
-            tags[data[place:place + 4]] = data[place + 6:place + 6 + length]
+            tags[data[place : place + 4]] = data[place + 6 : place + 6 + length]
             place += 6 + length
         start = bitcode_at + struct.unpack("<3Q", tags[b"OFFT"])[2]
         (length,) = struct.unpack("<Q", tags[b"MDSZ"])
-        found[tags[b"NAME"].rstrip(b"\0").decode()] = data[start:start + length]
+        found[tags[b"NAME"].rstrip(b"\0").decode()] = data[start : start + length]
         at += size
     return found
 

@@ -1,0 +1,122 @@
+"""Decode of one geometry by moefuse and its peers, in alternating rounds: ms a token.
+
+    python benchmarks/peers/compare.py SYNTH_MODEL MODEL.gguf --ik CHECKOUT --llama CHECKOUT
+
+Each checkout is built once (CMake, Release, its own `build-peer` folder); `write_gguf.py` writes
+MODEL.gguf. A round runs every engine once, forwards and then backwards; beside each round stands
+the machine's own read rate. Prints a table of medians and writes every sample with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TOKENS, WARMUP = 48, 8
+FLAGS = {"ik": ["-rtr", "1", "-fmoe", "1"], "llama": []}
+
+
+def build(checkout: Path) -> Path:
+    folder = checkout / "build-peer"
+    binary = folder / "bin" / "llama-bench"
+    if not binary.exists():
+        options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
+        subprocess.run(["cmake", "-S", checkout, "-B", folder, *options], check=True)
+        subprocess.run(
+            ["cmake", "--build", folder, "--target", "llama-bench", "-j", str(os.cpu_count())],
+            check=True,
+        )
+    return binary
+
+
+def time_peer(binary: Path, gguf: Path, flags: list[str], threads: int) -> float:
+    """ms a token: the median of llama-bench's repetitions."""
+    command = [binary, "-m", gguf, "-p", "0", "-n", str(TOKENS), "-r", "3", "-t", str(threads)]
+    run = subprocess.run([*command, "-o", "json", *flags], check=True, capture_output=True)
+    (result,) = json.loads(run.stdout)
+    return statistics.median(result["samples_ns"]) / TOKENS / 1e6
+
+
+def time_moefuse(model: Path, accumulate: str, threads: int) -> float:
+    command = [sys.executable, __file__, str(model), "-", "--child", accumulate]
+    environment = {**os.environ, "MOEFUSE_NUM_THREADS": str(threads)}
+    run = subprocess.run(command, check=True, capture_output=True, env=environment)
+    return json.loads(run.stdout)
+
+
+def decode(folder: Path, accumulate: str) -> float:
+    """ms a token through a patched mlx-lm model, in this process: the median of TOKENS."""
+    import mlx.core as mx
+    import mlx_lm
+    import moefuse
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, _ = mlx_lm.load(str(folder))
+    report = moefuse.patch(model, step=True, accumulate=accumulate)
+    cache, token, times = make_prompt_cache(model), 0, []
+    for _ in range(WARMUP + TOKENS):
+        start = time.perf_counter()
+        token = int(mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]))
+        times.append(time.perf_counter() - start)
+    if report.calls.get("step", 0) != WARMUP + TOKENS:
+        raise SystemExit(f"the step did not run: {report.calls} {report.fallbacks}")
+    return statistics.median(times[WARMUP:]) * 1e3
+
+
+def measure(arguments) -> list[dict]:
+    from moefuse import _core
+
+    peers = {name: getattr(arguments, name) for name in FLAGS if getattr(arguments, name)}
+    binaries = {name: build(checkout) for name, checkout in peers.items()}
+    engines = [f"moefuse {mode}" for mode in arguments.accumulate] + list(binaries)
+    samples = []
+    for number in range(arguments.rounds):
+        read = _core.read_bandwidth(256 << 20) / 1e9
+        for engine in engines if number % 2 == 0 else engines[::-1]:
+            for threads in arguments.threads:
+                if engine in binaries:
+                    flags = FLAGS[engine]
+                    ms = time_peer(binaries[engine], arguments.gguf, flags, threads)
+                else:
+                    ms = time_moefuse(arguments.model, engine.split()[1], threads)
+                samples.append(
+                    {"round": number, "engine": engine, "threads": threads, "ms": ms, "read": read}
+                )
+                print(f"round {number}: {engine}, {threads} threads: {ms:.2f} ms", file=sys.stderr)
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--ik", type=Path, help="a checkout of ik_llama.cpp")
+    parser.add_argument("--llama", type=Path, help="a checkout of llama.cpp")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--accumulate", nargs="+", default=["fp32_no_fma"])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(decode(arguments.model, arguments.child))
+        return
+    samples = measure(arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(samples, indent=1))
+    print("engine | threads | median ms | rounds' range")
+    for engine, threads in dict.fromkeys((s["engine"], s["threads"]) for s in samples):
+        ms = [s["ms"] for s in samples if (s["engine"], s["threads"]) == (engine, threads)]
+        print(f"{engine} | {threads} | {statistics.median(ms):.2f} | {min(ms):.2f}-{max(ms):.2f}")
+    reads = [s["read"] for s in samples]
+    print(f"read, GB/s, all threads: {min(reads):.1f}-{max(reads):.1f}")
+
+
+if __name__ == "__main__":
+    main()
