@@ -1,6 +1,6 @@
 #include <limits>
-#include <nlohmann/json.hpp>
 
+#include "model/json.h"
 #include "moefuse/model.h"
 #include "ops/checks.h"
 
@@ -21,7 +21,7 @@ class Fields {
     const json& v = get(name);
     const std::string range =
         "an integer from " + std::to_string(low) + " to " + std::to_string(high);
-    if (!v.is_number_integer() || v < low || v > high) fail("config", name, range, v.dump());
+    if (!v.is_number_integer() || v < low || v > high) fail("config", name, range, excerpt(v));
     return v.get<int>();
   }
   int integer(const char* name, int low, int high, int otherwise) const {
@@ -29,24 +29,24 @@ class Fields {
   }
   float positive(const char* name) const {
     const json& v = get(name);
-    if (!v.is_number() || !(v > 0) || v > std::numeric_limits<float>::max())
-      fail("config", name, "a positive number", v.dump());
+    if (!v.is_number() || v > std::numeric_limits<float>::max() || !(v.get<float>() > 0))
+      fail("config", name, "a positive number", excerpt(v));
     return v.get<float>();
   }
   bool boolean(const char* name, bool otherwise) const {
     if (!has(name)) return otherwise;
     const json& v = get(name);
-    if (!v.is_boolean()) fail("config", name, "true or false", v.dump());
+    if (!v.is_boolean()) fail("config", name, "true or false", excerpt(v));
     return v.get<bool>();
   }
   std::string text(const char* name) const {
     const json& v = get(name);
-    if (!v.is_string()) fail("config", name, "a string", v.dump());
+    if (!v.is_string()) fail("config", name, "a string", excerpt(v));
     return v.get<std::string>();
   }
   // A field that would change the computation in a way that no stage knows.
   void must_be_absent(const char* name) const {
-    if (has(name) && values_[name] != false) fail("config", name, "none", values_[name].dump());
+    if (has(name) && values_[name] != false) fail("config", name, "none", excerpt(values_[name]));
   }
   const json& get(const char* name) const {
     if (!has(name)) fail("config", name, "a value", "none");
@@ -87,9 +87,11 @@ void qwen3_moe(const Fields& f, ModelConfig& c) {
   for (int i = 0; i < c.num_hidden_layers; ++i)
     c.sparse[i] = c.num_experts > 0 && (i + 1) % step == 0;
   if (!f.has("mlp_only_layers")) return;
-  for (const json& layer : f.get("mlp_only_layers")) {
+  const json& layers = f.get("mlp_only_layers");
+  if (!layers.is_array()) fail("config", "mlp_only_layers", "an array", excerpt(layers));
+  for (const json& layer : layers) {
     if (!layer.is_number_integer() || layer < 0)
-      fail("config", "mlp_only_layers", "layer numbers", layer.dump());
+      fail("config", "mlp_only_layers", "layer numbers", excerpt(layer));
     if (layer < c.num_hidden_layers) c.sparse[layer.get<int>()] = false;
   }
 }
@@ -99,9 +101,9 @@ void no_rope_scaling(const Fields& f) {
   if (!f.has("rope_scaling")) return;
   const json& scaling = f.get("rope_scaling");
   const char* key = scaling.contains("type") ? "type" : "rope_type";
-  if (!scaling.is_object() || scaling.value(key, "default") != "default" ||
+  if (!scaling.is_object() || (scaling.contains(key) && scaling[key] != "default") ||
       scaling.contains("mscale_all_dim"))
-    fail("config", "rope_scaling", "none or the default type", scaling.dump());
+    fail("config", "rope_scaling", "none or the default type", excerpt(scaling));
 }
 
 void glm4_moe_lite(const Fields& f, ModelConfig& c) {
@@ -128,14 +130,13 @@ void glm4_moe_lite(const Fields& f, ModelConfig& c) {
 }  // namespace
 
 ModelConfig parse_config(const std::string& text) {
-  const json values = json::parse(text, nullptr, false);
-  if (!values.is_object()) fail("config", "config.json", "a JSON object", text.substr(0, 40));
+  const json values = parse_object("config", "config.json", text);
   const Fields f(values);
   ModelConfig c;
   c.model_type = f.text("model_type");
   const bool qwen = c.model_type == "qwen3_moe";
   if (!qwen && c.model_type != "glm4_moe_lite")
-    fail("config", "model_type", "qwen3_moe or glm4_moe_lite", c.model_type);
+    fail("config", "model_type", "qwen3_moe or glm4_moe_lite", excerpt(f.get("model_type")));
   common(f, c);
   qwen ? qwen3_moe(f, c) : glm4_moe_lite(f, c);
   if (c.num_experts > 0 && c.num_experts_per_tok > c.num_experts)

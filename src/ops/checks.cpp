@@ -16,11 +16,6 @@ std::map<std::string, int64_t>& counters() {
 }
 }  // namespace
 
-void fail(const std::string& op, const std::string& what, const std::string& expected,
-          const std::string& got) {
-  throw std::invalid_argument("[" + op + "] " + what + ": expected " + expected + ", got " + got);
-}
-
 std::string describe(const mx::Shape& shape) {
   std::ostringstream text;
   text << "[";

@@ -344,7 +344,7 @@ def test_the_plan_counts_the_bytes_of_a_token():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type: expected qwen3_moe or glm4_moe_lite, got llama"),
+        ({"model_type": "llama"}, 'model_type: expected qwen3_moe or glm4_moe_lite, got "llama"'),
         ({"num_experts_per_tok": 99}, "num_experts_per_tok: expected at most the 16 experts"),
         ({"hidden_size": 128}, "embed_tokens bits: expected 4 or 8, got 2"),
         ({"head_dim": -2}, "head_dim: expected an integer from 2 to 4096, got -2"),
