@@ -29,10 +29,15 @@ def test_every_row_and_link_has_its_capsule_and_every_capsule_a_row():
     assert set(links) <= stored
 
 
-def test_capsules_are_valid_and_their_control_caught_every_fault():
+def test_capsules_are_valid_and_promoted_only_where_every_fault_was_caught():
+    book = (BENCHMARKS / "LAB_NOTEBOOK.md").read_text(encoding="utf-8")
+    rows = {row["capsule"]: row for row in ledger.read(BENCHMARKS / ledger.NAME)[0]}
     for path in (BENCHMARKS / capsule.FOLDER).glob("*.json"):
-        found = capsule.read(path)
-        assert set(found["control"]["faults"].values()) == {"fail"}, path.name
+        found, row = capsule.read(path), rows[f"{capsule.FOLDER}/{path.name}"]
+        missed = [name for name, result in found["control"]["faults"].items() if result != "fail"]
+        if missed:  # short runs of a synthetic model: shown, said to be weak, never promoted
+            assert row["model_kind"] != "trained" and row["decision"] != "promote", path.name
+            assert f"missed planted faults ({', '.join(missed)})" in book, path.name
         assert not re.search(r'"(/|~)|/(home|root|tmp)/', json.dumps(found["meta"])), path.name
 
 
