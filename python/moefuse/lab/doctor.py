@@ -62,9 +62,9 @@ def _try(engine, model, part: str) -> dict:
 def lines(found: dict) -> Iterator[str]:
     """The same for people."""
     for key in ("moefuse", "mlx", "mlx_lm", "device", "memory_source"):
-        yield f"{key:<14}{found[key]}"
+        yield f"{key:<16}{found[key]}"
     for name, value in {**found["capabilities"], **found["env"]}.items():
-        yield f"{name:<14}{value}"
+        yield f"{name:<16}{value}"
     for model in found["models"]:
         yield ""
         if "error" in model:
