@@ -1,7 +1,9 @@
 // Picks the kernel table once, by what the processor has.
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "cpu/kernels.h"
 #include "cpu/tables.h"
@@ -59,7 +61,7 @@ int num_threads() {
 #ifdef _OPENMP
     return omp_get_max_threads();
 #else
-    return 1;
+    return std::max(1u, std::thread::hardware_concurrency());
 #endif
   }();
   return threads;

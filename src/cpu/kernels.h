@@ -95,7 +95,7 @@ struct Kernels {
 // (plain, avx2, avx512, neon). Throws std::invalid_argument on a name that is not available.
 const Kernels& kernels();
 
-// Threads used by the ops: MOEFUSE_NUM_THREADS, else OpenMP's own choice.
+// Threads used by the ops: MOEFUSE_NUM_THREADS, else OpenMP's own choice, else one a core.
 int num_threads();
 
 }  // namespace moefuse::cpu

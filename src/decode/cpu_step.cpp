@@ -2,13 +2,10 @@
 
 #include <chrono>
 
+#include "cpu/parallel.h"
 #include "decode/cpu_attention.inl"
 #include "decode/cpu_mlp.inl"
 #include "decode/cpu_projection.inl"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace moefuse {
 
@@ -79,14 +76,6 @@ struct Widths {
   int top_k = 1;
 };
 
-int team_size() {
-#ifdef _OPENMP
-  return cpu::num_threads();
-#else
-  return 1;
-#endif
-}
-
 }  // namespace
 
 template <class A>
@@ -126,7 +115,7 @@ CpuStep<A>::Worker::Worker(const Plan& plan, Shared& shared)
 template <class A>
 CpuStep<A>::CpuStep(const Plan& plan, Accumulate accumulate)
     : plan_(converted<A>(plan)), times_(plan.stages.size()) {
-  shared_ = std::make_unique<Shared>(plan_, accumulate, team_size());
+  shared_ = std::make_unique<Shared>(plan_, accumulate, cpu::num_threads());
   for (int t = 0; t < shared_->team.threads(); ++t)
     workers_.push_back(std::make_unique<Worker>(plan_, *shared_));
 }
@@ -166,12 +155,7 @@ void CpuStep<A>::run(const std::vector<StepRow>& rows, const std::vector<CacheVi
       since = now;
     }
   };
-#ifdef _OPENMP
-#pragma omp parallel num_threads(shared_->team.threads())
-  work(omp_get_thread_num());
-#else
-  work(0);
-#endif
+  cpu::on_threads(shared_->team.threads(), work);
 }
 
 template class CpuStep<float>;

@@ -248,6 +248,36 @@ TEST(Combine, Fp32ModesLieInsideTheBound) {
   }
 }
 
+// y and w of mixed sizes, so that another order or another rounding shows in the bits.
+TEST(Combine, Fp32ModesAreTheSumInOrderBitForBit) {
+  mx::set_default_device(mx::Device::cpu);
+  for (auto dtype : {mx::bfloat16, mx::float16, mx::float32}) {
+    const int rows = 3, k = 8, columns = 77;
+    auto size = mx::exp(mx::random::normal({rows, k, columns}, mx::random::key(1)));
+    auto y = mx::astype(size * mx::random::normal({rows, k, columns}, mx::random::key(2)), dtype);
+    auto w = mx::random::uniform({rows, k}, mx::float32, mx::random::key(3));
+    const auto ys = floats(y), ws = floats(w);
+    const auto sum = [&](auto add) {
+      std::vector<float> out;
+      for (int r = 0; r < rows; ++r)
+        for (int d = 0; d < columns; ++d) {
+          float total = 0;
+          for (int i = 0; i < k; ++i)
+            total = add(total, ys[(r * k + i) * columns + d], ws[r * k + i]);
+          out.push_back(total);
+        }
+      return floats(mx::astype(mx::array(out.begin(), {rows, columns}), dtype));
+    };
+    const auto apart = sum([](float total, float a, float b) { return total + a * b; });
+    const auto fused = sum([](float total, float a, float b) { return std::fma(a, b, total); });
+    EXPECT_EQ(floats(moe_combine_weighted_sum_fp32_no_fma(y, w, Accumulate::fp32_no_fma)), apart);
+    EXPECT_EQ(floats(moe_combine_weighted_sum_fp32_no_fma(y, w, Accumulate::fp32)), fused);
+    if (dtype == mx::float32) {  // the cast to a half hides most last bits
+      EXPECT_NE(apart, fused) << "the inputs tell the modes apart";
+    }
+  }
+}
+
 std::string message(const std::function<void()>& f) {
   try {
     f();
