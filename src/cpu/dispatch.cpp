@@ -61,7 +61,7 @@ int num_threads() {
 #ifdef _OPENMP
     return omp_get_max_threads();
 #else
-    return std::max(1u, std::thread::hardware_concurrency());
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 #endif
   }();
   return threads;
