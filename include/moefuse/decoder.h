@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,7 +43,7 @@ struct StageInfo {
   double seconds;  // over all calls; 0 on Metal, where stages are not timed
 };
 
-// True where the default device has an executor: a CPU, or a GPU whose MLX is Metal's.
+// True where the default device has an executor: a CPU, or a GPU of Metal's or CUDA's.
 bool has_executor();
 
 class Decoder {
@@ -59,7 +61,16 @@ class Decoder {
   // Logits [rows, vocab_size], of the model's dtype (exact) or float32. One row's bits depend on no
   // other row. Throws std::invalid_argument, before anything is written, on a row or a cache that
   // does not fit the model.
-  mx::array step(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches);
+  //
+  // tokens: [rows], in the place of the rows' own; on CUDA they may still be on their way, and the
+  // step is enqueued behind them on MLX's default GPU stream. wait() ends when the steps so far
+  // have.
+  mx::array step(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches,
+                 const std::optional<mx::array>& tokens = {});
+  void wait();
+
+  // On CUDA, after a step of as many rows: {calls, microseconds each} of each kernel on its own.
+  std::map<std::string, std::pair<int, double>> kernel_times(int rows);
 
   const ModelConfig& config() const;
   mx::Dtype dtype() const;  // of the model's activations and of the caches

@@ -1,5 +1,8 @@
 // The Python face of include/moefuse/{model,decoder}.h, for moefuse/step.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unordered_map.h>
@@ -30,13 +33,13 @@ std::vector<moefuse::LayerCache> layer_caches(const nb::list& keys, const nb::li
 }
 
 mx::array step(moefuse::Decoder& decoder, const std::vector<Row>& rows, const nb::list& keys,
-               const nb::list& values) {
+               const nb::list& values, const std::optional<mx::array>& tokens) {
   std::vector<moefuse::StepRow> list;
   for (const auto& [token, sequence, position, first, slot] : rows)
     list.push_back({token, sequence, position, first, slot});
   auto caches = layer_caches(keys, values);
   nb::gil_scoped_release release;
-  return decoder.step(list, caches);
+  return decoder.step(list, caches, tokens);
 }
 
 nb::list stages(const moefuse::Decoder& decoder) {
@@ -70,9 +73,14 @@ void bind_decoder(nb::module_& m) {
           },
           "config"_a, "weights"_a, "accumulate"_a,
           "config: the text of a config.json; weights: arrays by mlx-lm's names, not copied.")
-      .def("step", &step, "rows"_a, "keys"_a, "values"_a,
+      .def("step", &step, "rows"_a, "keys"_a, "values"_a, "tokens"_a = nb::none(),
            "rows: (token, sequence, position, first, slot); keys and values: a cache's arrays, one "
-           "for each layer, written in place. Returns logits [rows, vocab_size].")
+           "for each layer, written in place; tokens: [rows], in place of the rows' own, which on "
+           "CUDA may still be on their way. Returns logits [rows, vocab_size].")
+      .def("wait", &moefuse::Decoder::wait, nb::call_guard<nb::gil_scoped_release>(),
+           "Ends when the steps so far have.")
+      .def("kernel_times", &moefuse::Decoder::kernel_times, "rows"_a,
+           "On CUDA, after a step of as many rows: {kernel: (calls, microseconds each)}.")
       .def_prop_ro(
           "cache_shape",
           [](const moefuse::Decoder& d) {

@@ -52,8 +52,14 @@ class Step:
             self._decoder = _core.Decoder(_config(self.model), weights, self.accumulate)
         return self._decoder
 
+    def wait(self) -> None:
+        """Until the caches are written: MLX does not know of the step's writes."""
+        if self._decoder is not None:
+            self._decoder.wait()
+
     def detach(self) -> None:
         """Give the model its class back."""
+        self.wait()
         self.model.__class__ = self.stock
         del self.model.__dict__["_moefuse_step"]
         self._decoder, self._seen = None, []
@@ -153,12 +159,14 @@ def _call(model, inputs, cache=None, **extra):
     extra = {name: value for name, value in extra.items() if value is not None}
     if (refusal := step.refusal(inputs, cache, extra)) is not None:
         step.fell(*refusal)
+        step.wait()
         return step.stock.__call__(model, inputs, cache, **extra)
     decoder = step.decoder
-    rows = _rows(inputs.reshape(-1).tolist(), cache[0])
+    tokens = inputs.reshape(-1)
+    rows = _rows([0] * tokens.size, cache[0])
     for c in cache:
         _make_room(c, len(rows), decoder.cache_shape, decoder.dtype)
-    logits = decoder.step(rows, [c.keys for c in cache], [c.values for c in cache])
+    logits = decoder.step(rows, [c.keys for c in cache], [c.values for c in cache], tokens)
     _advance(cache, rows)
     step.calls["step"] += 1
     return mx.expand_dims(logits, 1)

@@ -5,6 +5,7 @@
 #include "decode/cpu_step.h"
 #include "decode/huge_pages.h"
 #include "metal/metal_step.h"
+#include "mlx/backend/cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace moefuse {
@@ -97,9 +98,22 @@ Decoder::Decoder(const Model& model, Accumulate accumulate) {
 Decoder::~Decoder() = default;
 Decoder::Decoder(Decoder&&) noexcept = default;
 
-mx::array Decoder::step(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches) {
+mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCache>& caches,
+                        const std::optional<mx::array>& tokens) {
+  std::vector<StepRow> rows = given;
+  std::optional<mx::array> ids;
+  if (tokens) {
+    check_integer(kWhere, "tokens", *tokens);
+    check_shape(kWhere, "tokens", *tokens, {static_cast<int>(rows.size())});
+    ids = mx::astype(*tokens, mx::uint32);
+  }
+  const bool read = ids && !(impl_->metal_step && mx::cu::is_available());
+  if (read) {
+    ids->eval();
+    for (size_t i = 0; i < rows.size(); ++i) rows[i].token = ids->data<uint32_t>()[i];
+  }
   impl_->check(rows, caches);
-  if (impl_->metal_step) return impl_->metal_step->run(rows, caches);
+  if (impl_->metal_step) return impl_->metal_step->run(rows, caches, read ? std::nullopt : ids);
   const int vocab = impl_->plan.config.vocab_size, count = static_cast<int>(rows.size());
   const mx::Dtype dtype = impl_->exact ? impl_->plan.dtype : mx::float32;
   mx::array logits(mx::allocator::malloc(size_t(count) * vocab * dtype.size()),
@@ -110,6 +124,15 @@ mx::array Decoder::step(const std::vector<StepRow>& rows, std::vector<LayerCache
   std::visit([&]<class A>(CpuStep<A>& step) { step.run(rows, views, logits.data<A>()); },
              *impl_->executor);
   return logits;
+}
+
+void Decoder::wait() {
+  if (impl_->metal_step) impl_->metal_step->wait();
+}
+
+std::map<std::string, std::pair<int, double>> Decoder::kernel_times(int rows) {
+  if (!impl_->metal_step) fail(kWhere, "device", "a CUDA GPU", "another");
+  return impl_->metal_step->kernel_times(rows);
 }
 
 const ModelConfig& Decoder::config() const {

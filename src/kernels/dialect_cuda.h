@@ -4,8 +4,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cstdint>
-
 using uint = unsigned int;
 using bfloat16_t = __nv_bfloat16;
 using float16_t = __half;

@@ -11,7 +11,7 @@ namespace moefuse::metal {
 namespace {
 
 // The helpers that a text is built on, in order.
-const std::string kMath = std::string(text::dialect_metal_h) + text::lanes_h;
+const std::string kMath = text::lanes_h;
 const std::string kRouter = kMath + text::moe_router_h;
 const std::string kCombine = kMath + text::moe_combine_h;
 const std::string kAffine = kMath + text::affine_h;
@@ -28,13 +28,15 @@ const std::string kAttentionAffine = kAttention + text::affine_h + text::moe_exp
 #define BOOL(name) TYPE(name)
 #define IN(type, name, count) k.input_names.push_back(#name);
 #define OUT(type, name, count) k.output_names.push_back(#name);
-#define KERNEL(stem, signature, helpers)                              \
-  {                                                                   \
-    KernelText k;                                                     \
-    k.name = "moefuse_" #stem;                                        \
-    k.header = helpers;                                               \
-    k.body = std::string(text::prologue_metal_h) + text::stem##_body; \
-    signature table.push_back(k);                                     \
+#define KERNEL(stem, signature, helpers)                                    \
+  {                                                                         \
+    KernelText k;                                                           \
+    k.name = "moefuse_" #stem;                                              \
+    k.metal_header = text::dialect_metal_h + (helpers);                     \
+    k.metal_body = std::string(text::prologue_metal_h) + text::stem##_body; \
+    k.cuda_header = text::dialect_cuda_h + (helpers);                       \
+    k.cuda_body = text::stem##_body;                                        \
+    signature table.push_back(k);                                           \
   }
 
 std::vector<KernelText> build_table() {
@@ -75,6 +77,11 @@ const KernelText& kernel_text(const std::string& name) {
     throw std::invalid_argument("[metal] kernel: expected a name of the table, got '" + name + "'");
   }
   return *found;
+}
+
+std::string cuda_header() {
+  return std::string(text::dialect_cuda_h) + text::lanes_h + text::norm_h + text::attention_h +
+         text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h;
 }
 
 std::vector<std::string> kernel_names() {

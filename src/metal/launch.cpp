@@ -5,6 +5,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "mlx/backend/cuda/cuda.h"
+
 namespace moefuse::metal {
 
 namespace {
@@ -43,8 +45,11 @@ mx::fast::CustomKernelFunction& function_of(const KernelText& k) {
   auto found = built.find(&k);
   if (found == built.end()) {
     found = built
-                .emplace(&k, mx::fast::metal_kernel(k.name, k.input_names, k.output_names, k.body,
-                                                    k.header))
+                .emplace(&k, mx::cu::is_available()
+                                 ? mx::fast::cuda_kernel(k.name, k.input_names, k.output_names,
+                                                         k.cuda_body, k.cuda_header)
+                                 : mx::fast::metal_kernel(k.name, k.input_names, k.output_names,
+                                                          k.metal_body, k.metal_header))
                 .first;
   }
   return found->second;
@@ -73,12 +78,16 @@ void check(const Call& call) {
 }  // namespace
 
 bool available() {
-  return backend() != nullptr || mx::metal::is_available();
+  return backend() != nullptr || mx::metal::is_available() || mx::cu::is_available();
+}
+
+bool emulated() {
+  return backend() != nullptr;
 }
 
 bool serves(mx::StreamOrDevice s) {
   if (backend() != nullptr) return true;
-  return mx::metal::is_available() && mx::to_stream(s).device == mx::Device::gpu;
+  return available() && mx::to_stream(s).device == mx::Device::gpu;
 }
 
 void set_backend(Backend b) {
@@ -88,8 +97,8 @@ void set_backend(Backend b) {
 std::vector<mx::array> launch(const Call& call, mx::StreamOrDevice s) {
   check(call);
   if (backend()) return backend()(call);
-  // Without Metal, MLX records the node where it exports a function, and throws elsewhere.
-  if (!mx::metal::is_available()) return build(call, s);
+  // Without a GPU, MLX records the node where it exports a function, and throws elsewhere.
+  if (!available()) return build(call, s);
   static std::mutex mutex;
   static std::map<std::vector<int64_t>, std::shared_ptr<mx::Primitive>> nodes;
   const mx::Stream stream = std::holds_alternative<std::monostate>(s)

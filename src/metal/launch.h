@@ -34,19 +34,20 @@ struct Call {
   int threads;  // of a threadgroup, one dimension
 };
 
-// True where MLX has a Metal device, or a test's backend stands in.
+// True where MLX has a GPU, Metal's or CUDA's, or a test's backend stands in.
 bool available();
+bool emulated();  // a test's backend stands in
 
-// True where ops on this stream run the Metal kernels: its device is a GPU and MLX's GPU is Metal.
+// True where ops on this stream run the kernels of this table: its device is a GPU.
 // While a test's backend stands in, every stream is such a stream.
 bool serves(mx::StreamOrDevice s);
 
 // The outputs, not yet evaluated. The node is built once for each combination of kernel, template
-// arguments, dtypes and grid, and used again. Without a Metal device MLX throws
+// arguments, dtypes and grid, and used again. Without a GPU MLX throws
 // std::runtime_error, except while it exports a function.
 std::vector<mx::array> launch(const Call& call, mx::StreamOrDevice s);
 
-// Takes the place of Metal in tests, where an emulator runs the calls; nullptr restores Metal.
+// Takes the place of the GPU in tests, where an emulator runs the calls; nullptr restores it.
 using Backend = std::function<std::vector<mx::array>(const Call&)>;
 void set_backend(Backend backend);
 

@@ -5,6 +5,7 @@
 
 #include "metal/metal_ops.h"
 #include "metal/step_limits.h"
+#include "mlx/backend/cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace moefuse::metal {
@@ -68,49 +69,39 @@ const char* kernel_of(const Head&) {
 
 // One token's way through the stages: what each hands to the next.
 struct MetalStep::Walk {
-  Walk(MetalStep& step, const std::vector<StepRow>& step_rows,
-       const std::vector<LayerCache>& layer_caches)
-      : owner(step), rows(static_cast<int>(step_rows.size())), caches(layer_caches) {
-    std::vector<uint32_t> ids, where;
-    for (const StepRow& row : step_rows) {
-      ids.push_back(row.token);
-      for (int v : {row.sequence, row.first, row.slot, layer_caches[0].keys.shape(2)})
-        where.push_back(static_cast<uint32_t>(v));
-      positions.push_back(row.position);
+  // tokens [rows], places [rows, 4] and angles: what the texts take under these names.
+  Walk(MetalStep& step, int row_count, const std::vector<LayerCache>& layer_caches,
+       const mx::array& ids, const mx::array& where, const mx::array& rope_table,
+       std::function<std::vector<mx::array>(const Call&)> launcher)
+      : owner(step),
+        launch_call(std::move(launcher)),
+        rows(row_count),
+        caches(layer_caches),
+        tokens(ids),
+        places(where),
+        angles(rope_table) {
+    for (const Stage& stage : owner.plan_.stages) {
+      layer = stage.layer;
+      std::visit([&](const auto& s) { run(s); }, stage.work);
     }
-    tokens = mx::array(ids.begin(), {rows}, mx::uint32);
-    places = mx::array(where.begin(), {rows, 4}, mx::uint32);
   }
 
+  // MLX keeps a lone float of CUDA's where the host can reach it, which makes every read slow.
   const mx::array& constant(float v) {
-    return owner.constants_.try_emplace(v, mx::array({v})).first->second;
+    const bool wide = mx::cu::is_available();
+    return owner.constants_.try_emplace(v, wide ? mx::full({16}, v) : mx::array({v})).first->second;
   }
 
   std::vector<mx::array> outputs(const char* name, std::vector<mx::array> inputs,
                                  std::vector<Arg> args, std::vector<mx::Shape> shapes,
                                  std::vector<mx::Dtype> dtypes, Groups groups, int threads) {
-    return launch({&kernel_text(name), std::move(inputs), std::move(args), std::move(shapes),
-                   std::move(dtypes), groups, threads},
-                  {});
+    return launch_call({&kernel_text(name), std::move(inputs), std::move(args), std::move(shapes),
+                        std::move(dtypes), groups, threads});
   }
   mx::array output(const char* name, std::vector<mx::array> inputs, std::vector<Arg> args,
                    mx::Shape shape, Groups groups, int threads) {
     return outputs(name, std::move(inputs), std::move(args), {std::move(shape)}, {dtype}, groups,
                    threads)[0];
-  }
-
-  // (cos, sin) of each row's position for each pair; the same in every layer.
-  mx::array angles(const Rope& rope) {
-    if (rope_table.size() > 1) return rope_table;
-    std::vector<float> table;
-    for (int position : positions)
-      for (int i = 0; i < rope.dims; i += 2) {
-        const double angle = position * std::pow(double(rope.base), -double(i) / rope.dims);
-        table.push_back(static_cast<float>(std::cos(angle)));
-        table.push_back(static_cast<float>(std::sin(angle)));
-      }
-    rope_table = mx::array(table.begin(), {rows, rope.dims}, mx::float32);
-    return rope_table;
   }
 
   // Up to three matrices below each other on the normed first part of x's rows.
@@ -143,7 +134,7 @@ struct MetalStep::Walk {
     const LayerCache& cache = caches[layer];
     auto out = outputs("attention_gqa",
                        {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
-                        constant(s.scale), angles(s.rope), places, cache.keys, cache.values},
+                        constant(s.scale), angles, places, cache.keys, cache.values},
                        {dtype, s.heads, s.kv_heads, s.head_dim, kSplits},
                        {{rows, s.heads, kSplits, s.head_dim}, {rows, s.heads, kSplits, 2}},
                        {mx::float32, mx::float32}, {s.heads, kSplits, rows}, 256);
@@ -162,15 +153,14 @@ struct MetalStep::Walk {
     const LayerCache& cache = caches[layer];
     const LatentQuery& q = *latent;
     const int stride = projected.shape(-1);
-    auto out =
-        outputs("attention_mla",
-                {query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps), constant(s.scale),
-                 angles(q.rope), places, q.embed_q.weight, q.embed_q.scales, q.embed_q.biases,
-                 cache.keys, cache.values},
-                {dtype, q.embed_q.bits, q.embed_q.group_size, s.heads, q.nope_dim, s.rope_dim,
-                 s.latent_dim, kSplits, stride, stride - s.latent_dim - s.rope_dim},
-                {{rows, s.heads, kSplits, s.latent_dim}, {rows, s.heads, kSplits, 2}},
-                {mx::float32, mx::float32}, {s.heads, kSplits, rows}, 256);
+    auto out = outputs(
+        "attention_mla",
+        {query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps), constant(s.scale), angles,
+         places, q.embed_q.weight, q.embed_q.scales, q.embed_q.biases, cache.keys, cache.values},
+        {dtype, q.embed_q.bits, q.embed_q.group_size, s.heads, q.nope_dim, s.rope_dim, s.latent_dim,
+         kSplits, stride, stride - s.latent_dim - s.rope_dim},
+        {{rows, s.heads, kSplits, s.latent_dim}, {rows, s.heads, kSplits, 2}},
+        {mx::float32, mx::float32}, {s.heads, kSplits, rows}, 256);
     partial = out[0];
     stats = out[1];
     grouped = nullptr;
@@ -260,38 +250,141 @@ struct MetalStep::Walk {
   void run(const Head& s) { logits = project(hidden, s.norm, s.lm_head, nullptr, nullptr); }
 
   MetalStep& owner;
+  std::function<std::vector<mx::array>(const Call&)> launch_call;
   int rows, layer = -1, top_k = 0;
-  std::vector<int> positions;
   const std::vector<LayerCache>& caches;
   const mx::Dtype dtype = owner.plan_.dtype;
   const GroupedAttention* grouped = nullptr;
   const LatentQuery* latent = nullptr;
-  mx::array tokens{0}, places{0}, hidden{0}, projected{0}, query{0}, partial{0}, stats{0};
-  mx::array rope_table{0}, attended{0}, normed{0}, indices{0}, weights{0}, inner{0}, logits{0};
+  mx::array tokens, places, angles;
+  mx::array hidden{0}, projected{0}, query{0}, partial{0}, stats{0}, attended{0};
+  mx::array normed{0}, indices{0}, weights{0}, inner{0}, logits{0};
 };
+
+namespace {
+
+// The family has one rotary embedding, the same in every layer.
+const Rope& rope_of(const Plan& plan) {
+  for (const Stage& stage : plan.stages) {
+    if (const auto* s = std::get_if<GroupedAttention>(&stage.work)) return s->rope;
+    if (const auto* s = std::get_if<LatentQuery>(&stage.work)) return s->rope;
+  }
+  fail("step", "plan", "an attention stage", "none");
+}
+
+std::vector<uint32_t> tokens_of(const std::vector<StepRow>& rows) {
+  std::vector<uint32_t> tokens;
+  for (const StepRow& row : rows) tokens.push_back(row.token);
+  return tokens;
+}
+
+// Sequence, first slot, newest slot and capacity of each row.
+std::vector<uint32_t> places_of(const std::vector<StepRow>& rows, int capacity) {
+  std::vector<uint32_t> places;
+  for (const StepRow& row : rows)
+    for (int v : {row.sequence, row.first, row.slot, capacity})
+      places.push_back(static_cast<uint32_t>(v));
+  return places;
+}
+
+// (cos, sin) of each row's position for each pair.
+std::vector<float> angles_of(const std::vector<StepRow>& rows, const Rope& rope) {
+  std::vector<float> table;
+  for (const StepRow& row : rows)
+    for (int i = 0; i < rope.dims; i += 2) {
+      const double angle = row.position * std::pow(double(rope.base), -double(i) / rope.dims);
+      table.push_back(static_cast<float>(std::cos(angle)));
+      table.push_back(static_cast<float>(std::sin(angle)));
+    }
+  return table;
+}
+
+std::vector<mx::array> arrays_of(const std::vector<LayerCache>& caches) {
+  std::vector<mx::array> arrays;
+  for (const LayerCache& c : caches) arrays.insert(arrays.end(), {c.keys, c.values});
+  return arrays;
+}
+
+std::vector<const void*> buffers_of(const std::vector<LayerCache>& caches) {
+  std::vector<const void*> buffers;
+  for (const LayerCache& c : caches)
+    for (const mx::array* a : {&c.keys, &c.values}) {
+      auto buffer = a->buffer();
+      buffers.push_back(buffer.ptr());
+    }
+  return buffers;
+}
+
+}  // namespace
 
 MetalStep::MetalStep(const Plan& plan, Accumulate accumulate)
     : plan_(plan), accumulate_(accumulate) {
   check_limits(plan_);
 }
+MetalStep::~MetalStep() = default;
 
-mx::array MetalStep::run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches) {
+mx::array MetalStep::run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
+                         const std::optional<mx::array>& tokens) {
   std::set<int> sequences;
   for (const StepRow& row : rows)
     if (!sequences.insert(row.sequence).second)
-      fail("step", "rows", "one row of each sequence on Metal",
+      fail("step", "rows", "one row of each sequence on a GPU",
            "two of sequence " + std::to_string(row.sequence));
   if (caches[0].keys.size() >= (size_t{1} << 32))
-    fail("step", "caches[0].keys", "fewer than 2^32 elements on Metal",
+    fail("step", "caches[0].keys", "fewer than 2^32 elements on a GPU",
          std::to_string(caches[0].keys.size()));
-  Walk walk(*this, rows, caches);
-  for (const Stage& stage : plan_.stages) {
-    walk.layer = stage.layer;
-    std::visit([&](const auto& s) { walk.run(s); }, stage.work);
-  }
-  walk.logits.eval();
   ++calls_;
+  if (cuda::can_replay()) return replay(rows, caches, tokens);
+  const int count = static_cast<int>(rows.size());
+  const auto ids = tokens_of(rows), places = places_of(rows, caches[0].keys.shape(2));
+  const auto angles = angles_of(rows, rope_of(plan_));
+  Walk walk(*this, count, caches, tokens ? *tokens : mx::array(ids.begin(), {count}, mx::uint32),
+            mx::array(places.begin(), {count, 4}, mx::uint32),
+            mx::array(angles.begin(), {count, rope_of(plan_).dims}, mx::float32),
+            [](const Call& call) { return launch(call, {}); });
+  walk.logits.eval();
   return walk.logits;
+}
+
+// The graph of this many rows, recorded anew where a cache has moved.
+MetalStep::Recorded& MetalStep::recorded(int rows, const std::vector<LayerCache>& caches) {
+  Recorded& r = recorded_[rows];
+  auto buffers = buffers_of(caches);
+  if (r.replay && r.buffers == buffers) return r;
+  if (r.replay) wait();
+  r.replay = std::make_unique<cuda::Replay>(rows, rope_of(plan_).dims);
+  Walk walk(*this, rows, caches, r.replay->tokens(), r.replay->places(), r.replay->angles(),
+            [&](const Call& call) { return r.replay->add(call); });
+  r.replay->record(walk.logits, arrays_of(caches));
+  r.buffers = std::move(buffers);
+  return r;
+}
+
+mx::array MetalStep::replay(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
+                            const std::optional<mx::array>& tokens) {
+  const mx::Stream s = mx::default_stream(mx::Device::gpu);
+  if (stream_ && stream_->index != s.index) wait();
+  stream_ = s;
+  Recorded& r = recorded(static_cast<int>(rows.size()), caches);
+  const auto ids = tokens_of(rows), places = places_of(rows, caches[0].keys.shape(2));
+  const auto angles = angles_of(rows, rope_of(plan_));
+  cuda::Feed feed;
+  std::copy(ids.begin(), ids.end(), feed.tokens);
+  std::copy(places.begin(), places.end(), feed.places);
+  std::copy(angles.begin(), angles.end(), feed.angles);
+  return r.replay->run(feed, tokens);
+}
+
+void MetalStep::wait() {
+  if (stream_) mx::synchronize(*stream_);
+}
+
+std::map<std::string, std::pair<int, double>> MetalStep::kernel_times(int rows) {
+  const auto found = recorded_.find(rows);
+  if (found == recorded_.end() || !found->second.replay)
+    fail("step", "rows", "a step of as many rows before", std::to_string(rows));
+  wait();
+  return found->second.replay->times();
 }
 
 std::vector<Dispatch> MetalStep::dispatches(int context) const {

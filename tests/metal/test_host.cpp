@@ -285,13 +285,14 @@ TEST(MetalHost, TextsAskForTheAttributesThatTheyUseAndNoOthers) {
       "thread_index_in_threadgroup"};
   for (const auto& name : metal::kernel_names()) {
     const auto& k = metal::kernel_text(name);
-    for (const auto& attribute : used) EXPECT_NE(k.body.find(attribute), std::string::npos);
+    for (const auto& attribute : used) EXPECT_NE(k.metal_body.find(attribute), std::string::npos);
     for (const char* other :
          {"_shape", "_strides", "_ndim", "threads_per", "grid_size", "#if", "//", "atomic"}) {
-      EXPECT_EQ(k.body.find(other), std::string::npos) << name << ": " << other;
-      EXPECT_EQ(k.header.find(other), std::string::npos) << name << ": " << other;
+      EXPECT_EQ(k.metal_body.find(other), std::string::npos) << name << ": " << other;
+      EXPECT_EQ(k.metal_header.find(other), std::string::npos) << name << ": " << other;
     }
-    EXPECT_LT(k.header.size() + k.body.size(), 16384u) << name << " is hashed at every call";
+    EXPECT_LT(k.metal_header.size() + k.metal_body.size(), 16384u)
+        << name << " is hashed at every call";
   }
   EXPECT_THROW(metal::kernel_text("no_such_kernel"), std::invalid_argument);
 }

@@ -344,7 +344,7 @@ TEST(MetalStep, RefusesTwoRowsOfOneSequence) {
     FAIL() << "no error";
   } catch (const std::invalid_argument& e) {
     EXPECT_STREQ(e.what(),
-                 "[step] rows: expected one row of each sequence on Metal, got two of sequence 2");
+                 "[step] rows: expected one row of each sequence on a GPU, got two of sequence 2");
   }
   EXPECT_TRUE(backend.dispatched.empty());
 }

@@ -1,0 +1,42 @@
+// What the step's graph needs of the CUDA driver and of NVRTC, both found at run time in the
+// process that MLX's CUDA wheel has loaded them into: neither a toolkit nor its headers are needed
+// to build.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace moefuse::cuda {
+
+using Function = void*;
+using Stream = void*;
+using GraphHandle = void*;
+using Executable = void*;
+
+// Throws std::runtime_error "[cuda what] the driver's sentence" unless `status` is 0.
+void check(int status, const std::string& what);
+
+struct Shape {
+  unsigned groups[3];
+  unsigned threads;
+};
+
+// Errors of all of these are std::runtime_error. The context is MLX's, the device's primary one.
+void make_current();
+// Compute capability times 10: 90 for an H100.
+int capability();
+// The kernels `names` (extern "C") of one source, compiled for this device by NVRTC.
+std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names);
+// overlap: the kernel may start before the one in front of it ends; it waits for that itself.
+void launch(Function f, const Shape& shape, void** arguments, Stream stream, bool overlap,
+            const std::string& name);
+Stream make_stream();
+void synchronize(Stream stream);
+// Everything launched on the stream between begin and end becomes a graph.
+void begin_capture(Stream stream);
+Executable end_capture(Stream stream);
+void launch(Executable graph, Stream stream);
+void destroy(Executable graph);
+
+}  // namespace moefuse::cuda

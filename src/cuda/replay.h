@@ -1,0 +1,75 @@
+// The decode step on CUDA as one graph of our own: the calls of an executor are noted once,
+// compiled together and captured; a token is then one launch of the graph on MLX's stream. Only the
+// tokens, the rows' places and their rotary angles change from one launch to the next.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/driver.h"
+#include "metal/launch.h"
+
+namespace moefuse::cuda {
+
+namespace mx = mlx::core;
+
+constexpr int kMaxFeedRows = 8, kMaxAngles = 256;
+
+// What changes from step to step, as a kernel's argument; its text repeats this layout.
+struct Feed {
+  uint32_t tokens[kMaxFeedRows], places[kMaxFeedRows * 4];
+  float angles[kMaxFeedRows * kMaxAngles];
+};
+
+// True where this MLX's stream can be reached and the variable MOEFUSE_CUDA_GRAPH is not 0.
+bool can_replay();
+
+class Replay {
+ public:
+  // angles: floats of each row's rotary table, at most kMaxAngles.
+  Replay(int rows, int angles);
+  ~Replay();
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+
+  const mx::array& tokens() const { return tokens_; }
+  const mx::array& places() const { return places_; }
+  const mx::array& angles() const { return angles_; }
+
+  // Notes a call. Its outputs live as long as the replay, in device memory.
+  std::vector<mx::array> add(const metal::Call& call);
+  // Compiles and captures. `result` is what run() returns a copy of; of `borrowed` (the caches) no
+  // reference is kept: they have to live and stay in place until another replay takes over.
+  void record(const mx::array& result, const std::vector<mx::array>& borrowed);
+
+  // Enqueued on MLX's default GPU stream, not waited for. tokens: on the device, [rows] uint32, in
+  // the place of the feed's.
+  mx::array run(const Feed& feed, const std::optional<mx::array>& tokens);
+
+  // Microseconds of each kernel's calls, all calls of one name behind each other: {calls, us each}.
+  std::map<std::string, std::pair<int, double>> times();
+
+ private:
+  friend class StepNode;
+  struct Node {
+    metal::Call call;
+    std::vector<mx::array> outputs;
+    Function function = nullptr;
+    std::vector<void*> arguments;
+  };
+  void launch_node(Node& node, Stream stream);
+  void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream);
+
+  int rows_, width_;
+  bool overlap_;
+  mx::array tokens_, places_, angles_;
+  std::optional<mx::array> result_;
+  std::vector<Node> nodes_;
+  Function feed_ = nullptr;
+  Executable graph_ = nullptr;
+  std::shared_ptr<mx::Primitive> copy_;
+};
+
+}  // namespace moefuse::cuda
