@@ -31,7 +31,8 @@ struct LaunchConfig {
 constexpr int kProgrammaticStreamSerialization = 6;
 constexpr int kThreadLocalCapture = 1;
 constexpr unsigned kNonBlocking = 1;
-constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;
+constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76, kMultiprocessors = 16;
+constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 void* library(std::initializer_list<const char*> names) {
   for (const char* name : names)
@@ -56,6 +57,7 @@ struct Driver {
   ENTRY(attribute, "cuDeviceGetAttribute", int*, int, int);
   ENTRY(load, "cuModuleLoadData", void**, const void*);
   ENTRY(function, "cuModuleGetFunction", Function*, void*, const char*);
+  ENTRY(set_function, "cuFuncSetAttribute", Function, int, int);
   ENTRY(launch, "cuLaunchKernelEx", const LaunchConfig*, Function, void**, void**);
   ENTRY(stream_create, "cuStreamCreate", Stream*, unsigned);
   ENTRY(stream_synchronize, "cuStreamSynchronize", Stream);
@@ -138,6 +140,16 @@ int capability() {
   return value;
 }
 
+int multiprocessors() {
+  int count = 0;
+  check(driver().attribute(&count, kMultiprocessors, 0), "multiprocessors");
+  return count;
+}
+
+void allow_shared(Function f, unsigned bytes, const std::string& name) {
+  check(driver().set_function(f, kMaxDynamicShared, static_cast<int>(bytes)), name);
+}
+
 std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names) {
   static const Compiler c;
   void* program = nullptr;
@@ -167,7 +179,7 @@ void launch(Function f, const Shape& s, void** arguments, Stream stream, bool ov
   LaunchAttribute attribute = {kProgrammaticStreamSerialization, 0, {1}};
   const LaunchConfig config = {{s.groups[0], s.groups[1], s.groups[2]},
                                {s.threads, 1, 1},
-                               0,
+                               s.shared_bytes,
                                stream,
                                &attribute,
                                overlap ? 1u : 0u};

@@ -19,13 +19,16 @@ void check(int status, const std::string& what);
 
 struct Shape {
   unsigned groups[3];
-  unsigned threads;
+  unsigned threads, shared_bytes = 0;
 };
 
 // Errors of all of these are std::runtime_error. The context is MLX's, the device's primary one.
 void make_current();
 // Compute capability times 10: 90 for an H100.
 int capability();
+int multiprocessors();
+// Lets `f` have as much dynamic shared memory.
+void allow_shared(Function f, unsigned bytes, const std::string& name);
 // The kernels `names` (extern "C") of one source, compiled for this device by NVRTC.
 std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names);
 // overlap: the kernel may start before the one in front of it ends; it waits for that itself.

@@ -99,7 +99,7 @@ std::string text_of(const metal::Call& call) {
     else
       text += "constexpr bool " + name + " = " + (std::get<bool>(arg) ? "true" : "false") + ";\n";
   }
-  return text + "WAIT_FOR_INPUTS\n" + k.cuda_body + "}\n";
+  return text + (k.waits ? "" : "wait_for_inputs();\n") + k.cuda_body + "}\n";
 }
 
 // Functions by their text, for all models of the process.
@@ -113,17 +113,14 @@ void compile_missing(const std::set<std::string>& texts) {
   std::lock_guard lock(mutex);
   std::vector<std::string> missing, names;
   std::string source = metal::cuda_header();
-  source += "#define WAIT_FOR_INPUTS asm volatile(\"griddepcontrol.wait;\" ::: \"memory\");\n";
-  if (capability() < 90) source += "#undef WAIT_FOR_INPUTS\n#define WAIT_FOR_INPUTS\n";
   for (const std::string& text : texts) {
     if (functions().count(text)) continue;
     names.push_back(text == kFeedText ? "feed" : "kernel" + std::to_string(missing.size()));
     missing.push_back(text);
-    const auto bounds = text.find('\n');  // the first line holds the threads of a block
-    source += text == kFeedText
-                  ? text
-                  : "extern \"C\" __global__ void __launch_bounds__(" + text.substr(0, bounds) +
-                        ") " + names.back() + text.substr(bounds + 1);
+    const auto end = text.find('\n');  // the first line holds the function's attributes
+    source += text == kFeedText ? text
+                                : "extern \"C\" __global__ void " + text.substr(0, end) +
+                                      names.back() + text.substr(end + 1);
   }
   if (missing.empty()) return;
   if (const char* file = std::getenv("MOEFUSE_CUDA_SOURCE")) {
@@ -137,7 +134,8 @@ void compile_missing(const std::set<std::string>& texts) {
 }
 
 std::string key_of(const metal::Call& call) {
-  return std::to_string(call.threads) + "\n" + text_of(call);
+  return call.kernel->cuda_attributes + " __launch_bounds__(" + std::to_string(call.threads) +
+         ", " + std::to_string(call.resident) + ") \n" + text_of(call);
 }
 
 mx::array device_zeros(const mx::Shape& shape, mx::Dtype dtype) {
@@ -203,7 +201,9 @@ void Replay::launch_node(Node& node, Stream stream) {
   for (void*& argument : node.arguments) pointers.push_back(&argument);
   const auto& g = node.call.groups;
   launch(node.function,
-         {{unsigned(g.x), unsigned(g.y), unsigned(g.z)}, unsigned(node.call.threads)},
+         {{unsigned(g.x), unsigned(g.y), unsigned(g.z)},
+          unsigned(node.call.threads),
+          unsigned(node.call.shared_bytes)},
          pointers.data(), stream, overlap_, node.call.kernel->name);
 }
 
@@ -225,6 +225,8 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
   for (const mx::array& a : borrowed) not_ours.insert(a.id());
   for (Node& node : nodes_) {
     node.function = functions().at(key_of(node.call));
+    if (node.call.shared_bytes > 0)
+      allow_shared(node.function, node.call.shared_bytes, node.call.kernel->name);
     for (const auto* arrays : {&node.call.inputs, &node.outputs})
       for (const mx::array& a : *arrays) node.arguments.push_back(address(a));
     std::erase_if(node.call.inputs, [&](const mx::array& a) { return not_ours.count(a.id()) > 0; });

@@ -2,10 +2,10 @@
 
 #include <variant>
 
+#include "cuda/cuda_step.h"
 #include "decode/cpu_step.h"
 #include "decode/huge_pages.h"
 #include "metal/metal_step.h"
-#include "mlx/backend/cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace moefuse {
@@ -27,7 +27,9 @@ struct Decoder::Impl {
   using Executor = std::variant<CpuStep<float>, CpuStep<mx::bfloat16_t>, CpuStep<mx::float16_t>>;
 
   Impl(Plan p, Accumulate accumulate) : plan(std::move(p)), exact(accumulate == Accumulate::exact) {
-    if (metal::serves({}))
+    if (metal::serves({}) && cuda::can_replay())
+      cuda_step = std::make_unique<cuda::CudaStep>(plan, accumulate);
+    else if (metal::serves({}))
       metal_step = std::make_unique<metal::MetalStep>(plan, accumulate);
     else if (!exact)
       executor = std::make_unique<Executor>(std::in_place_index<0>, plan, accumulate);
@@ -83,7 +85,9 @@ struct Decoder::Impl {
   Plan plan;
   bool exact;
   std::unique_ptr<Executor> executor;
-  std::unique_ptr<metal::MetalStep> metal_step;  // in the executor's place on a Metal device
+  // In the executor's place on a GPU.
+  std::unique_ptr<metal::MetalStep> metal_step;
+  std::unique_ptr<cuda::CudaStep> cuda_step;
 };
 
 bool has_executor() {
@@ -107,13 +111,13 @@ mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCach
     check_shape(kWhere, "tokens", *tokens, {static_cast<int>(rows.size())});
     ids = mx::astype(*tokens, mx::uint32);
   }
-  const bool read = ids && !(impl_->metal_step && mx::cu::is_available());
-  if (read) {
+  if (ids && !impl_->cuda_step) {
     ids->eval();
     for (size_t i = 0; i < rows.size(); ++i) rows[i].token = ids->data<uint32_t>()[i];
   }
   impl_->check(rows, caches);
-  if (impl_->metal_step) return impl_->metal_step->run(rows, caches, read ? std::nullopt : ids);
+  if (impl_->cuda_step) return impl_->cuda_step->run(rows, caches, ids);
+  if (impl_->metal_step) return impl_->metal_step->run(rows, caches);
   const int vocab = impl_->plan.config.vocab_size, count = static_cast<int>(rows.size());
   const mx::Dtype dtype = impl_->exact ? impl_->plan.dtype : mx::float32;
   mx::array logits(mx::allocator::malloc(size_t(count) * vocab * dtype.size()),
@@ -127,12 +131,12 @@ mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCach
 }
 
 void Decoder::wait() {
-  if (impl_->metal_step) impl_->metal_step->wait();
+  if (impl_->cuda_step) impl_->cuda_step->wait();
 }
 
 std::map<std::string, std::pair<int, double>> Decoder::kernel_times(int rows) {
-  if (!impl_->metal_step) fail(kWhere, "device", "a CUDA GPU", "another");
-  return impl_->metal_step->kernel_times(rows);
+  if (!impl_->cuda_step) fail(kWhere, "device", "a CUDA GPU", "another");
+  return impl_->cuda_step->kernel_times(rows);
 }
 
 const ModelConfig& Decoder::config() const {
@@ -147,10 +151,11 @@ CacheShape Decoder::cache_shape() const {
 
 std::vector<StageInfo> Decoder::stages() const {
   std::vector<StageInfo> list;
-  if (impl_->metal_step) {
+  if (impl_->metal_step || impl_->cuda_step) {
+    const int64_t calls = impl_->cuda_step ? impl_->cuda_step->calls() : impl_->metal_step->calls();
     for (const Stage& stage : impl_->plan.stages) {
       list.push_back(impl_->plan.describe(stage));
-      list.back().calls = impl_->metal_step->calls();
+      list.back().calls = calls;
     }
     return list;
   }

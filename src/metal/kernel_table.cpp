@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cuda/kernels/tensor_signatures.h"
 #include "kernels/signatures.h"
 #include "metal/kernel_texts.h"
 
@@ -60,6 +61,17 @@ std::vector<KernelText> build_table() {
   KERNEL(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE, kExperts)
   KERNEL(moe_experts_down_residual, MOE_EXPERTS_DOWN_RESIDUAL_SIGNATURE, kDown)
   KERNEL(moe_experts_down_shared, MOE_EXPERTS_DOWN_SHARED_SIGNATURE, kDown)
+#define CUDA_KERNEL(stem, signature)                                                            \
+  {                                                                                             \
+    KernelText k;                                                                               \
+    k.name = "moefuse_" #stem;                                                                  \
+    k.cuda_body = text::stem##_body;                                                            \
+    k.waits = true;                                                                             \
+    if (k.name.starts_with("moefuse_cluster")) k.cuda_attributes = "__cluster_dims__(8, 1, 1)"; \
+    signature table.push_back(k);                                                               \
+  }
+  MOEFUSE_GRID_KERNELS(CUDA_KERNEL)
+  MOEFUSE_CLUSTER_KERNELS(CUDA_KERNEL)
   return table;
 }
 
@@ -81,12 +93,15 @@ const KernelText& kernel_text(const std::string& name) {
 
 std::string cuda_header() {
   return std::string(text::dialect_cuda_h) + text::lanes_h + text::norm_h + text::attention_h +
-         text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h;
+         text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h +
+         text::tensor_dialect_h + text::grid_h + text::select_h + text::stretches_h +
+         text::attend_h;
 }
 
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
-  for (const auto& k : table()) names.push_back(k.name.substr(sizeof("moefuse_") - 1));
+  for (const auto& k : table())
+    if (!k.waits) names.push_back(k.name.substr(sizeof("moefuse_") - 1));
   return names;
 }
 

@@ -11,6 +11,8 @@ struct KernelText {
   std::vector<std::string> template_names, input_names, output_names;
   // header: dialect and helpers; body: what fast::metal_kernel or fast::cuda_kernel wraps.
   std::string metal_header, metal_body, cuda_header, cuda_body;
+  std::string cuda_attributes;  // of the function, in the step's graph
+  bool waits = false;           // for its inputs itself: CUDA's own texts
 };
 
 // Throws std::invalid_argument on a name that is not in the table.

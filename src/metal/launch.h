@@ -32,6 +32,9 @@ struct Call {
   std::vector<mx::Dtype> dtypes;
   Groups groups;
   int threads;  // of a threadgroup, one dimension
+  // In the step's graph on CUDA: dynamic threadgroup memory, and how many threadgroups a
+  // multiprocessor has to have registers for.
+  int shared_bytes = 0, resident = 1;
 };
 
 // True where MLX has a GPU, Metal's or CUDA's, or a test's backend stands in.

@@ -7,15 +7,11 @@
 // metal_ops.h, and does not promise stock's bits on this device.
 #pragma once
 
-#include <map>
-#include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "cuda/replay.h"
 #include "decode/plan.h"
-#include "metal/launch.h"
+#include "metal/walk.h"
 
 namespace moefuse::metal {
 
@@ -31,39 +27,19 @@ class MetalStep {
   // Refers to the plan's arrays. Throws std::invalid_argument naming the tensor or field that the
   // kernels do not take.
   MetalStep(const Plan& plan, Accumulate accumulate);
-  ~MetalStep();
 
-  // Logits [rows, vocab_size] in T. On Metal they are evaluated: the caches are inputs that the
-  // kernels write to, so the graph does not order a later step behind this one. On CUDA they are on
-  // their way on MLX's default GPU stream; what uses the caches outside of that stream calls wait()
-  // first. Rows and caches are checked by the caller; two rows of one sequence throw
-  // std::invalid_argument. tokens: [rows] uint32 in place of the rows' own, not yet known to the
-  // host.
-  mx::array run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
-                const std::optional<mx::array>& tokens = {});
-  void wait();
-
-  // On CUDA, after a step of as many rows: {calls, microseconds each} of each kernel, alone.
-  std::map<std::string, std::pair<int, double>> kernel_times(int rows);
+  // Logits [rows, vocab_size] in T, evaluated: the caches are inputs that the kernels write to, so
+  // the graph does not order a later step behind this one. Rows and caches are checked by the
+  // caller; two rows of one sequence throw std::invalid_argument.
+  mx::array run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches);
 
   std::vector<Dispatch> dispatches(int context) const;
   int64_t calls() const { return calls_; }
 
  private:
-  struct Walk;
-  struct Recorded {
-    std::unique_ptr<cuda::Replay> replay;
-    std::vector<const void*> buffers;  // of the caches
-  };
-  Recorded& recorded(int rows, const std::vector<LayerCache>& caches);
-  mx::array replay(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
-                   const std::optional<mx::array>& tokens);
-
   Plan plan_;
   Accumulate accumulate_;
-  std::map<float, mx::array> constants_;  // as arrays of one element
-  std::map<int, Recorded> recorded_;      // by the number of rows
-  std::optional<mx::Stream> stream_;      // of the last step on CUDA
+  Constants constants_;
   int64_t calls_ = 0;
 };
 

@@ -1,0 +1,93 @@
+#include "cuda/cuda_step.h"
+
+#include <cstdlib>
+
+#include "cuda/tensor_walk.h"
+#include "metal/step_limits.h"
+#include "ops/checks.h"
+
+namespace moefuse::cuda {
+
+namespace {
+
+std::vector<mx::array> arrays_of(const std::vector<LayerCache>& caches) {
+  std::vector<mx::array> arrays;
+  for (const LayerCache& c : caches) arrays.insert(arrays.end(), {c.keys, c.values});
+  return arrays;
+}
+
+std::vector<const void*> buffers_of(const std::vector<LayerCache>& caches) {
+  std::vector<const void*> buffers;
+  for (const LayerCache& c : caches)
+    for (const mx::array* a : {&c.keys, &c.values}) {
+      auto buffer = a->buffer();
+      buffers.push_back(buffer.ptr());
+    }
+  return buffers;
+}
+
+bool tensor_wanted() {
+  const char* wish = std::getenv("MOEFUSE_CUDA_TENSOR");
+  return capability() >= 90 && !(wish && std::string(wish) == "0");
+}
+
+}  // namespace
+
+CudaStep::CudaStep(const Plan& plan, Accumulate accumulate)
+    : plan_(plan),
+      accumulate_(accumulate),
+      tensor_(tensor_wanted() && tensor_refusal(plan).empty()) {
+  if (!tensor_) metal::check_limits(plan_);
+}
+CudaStep::~CudaStep() = default;
+
+// The graph of this many rows, recorded anew where a cache has moved.
+CudaStep::Recorded& CudaStep::recorded(int rows, const std::vector<LayerCache>& caches) {
+  Recorded& r = recorded_[rows];
+  auto buffers = buffers_of(caches);
+  if (r.replay && r.buffers == buffers) return r;
+  if (r.replay) wait();
+  r.replay = std::make_unique<Replay>(rows, metal::rope_of(plan_).dims);
+  const metal::WalkInputs inputs = {rows, caches, r.replay->tokens(), r.replay->places(),
+                                    r.replay->angles()};
+  const auto add = [&](const metal::Call& call) { return r.replay->add(call); };
+  const bool tensor = tensor_ && rows <= kTensorRows;
+  const mx::array logits =
+      tensor ? TensorWalk(plan_, accumulate_, constants_, inputs, add, multiprocessors()).walk()
+             : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
+  r.replay->record(logits, arrays_of(caches));
+  r.buffers = std::move(buffers);
+  return r;
+}
+
+mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
+                        const std::optional<mx::array>& tokens) {
+  metal::check_rows(rows, caches);
+  ++calls_;
+  const mx::Stream s = mx::default_stream(mx::Device::gpu);
+  if (stream_ && stream_->index != s.index) wait();
+  stream_ = s;
+  Recorded& r = recorded(static_cast<int>(rows.size()), caches);
+  const auto ids = metal::tokens_of(rows);
+  const auto places = metal::places_of(rows, caches[0].keys.shape(2));
+  const auto angles = metal::angles_of(rows, metal::rope_of(plan_));
+  Feed feed;
+  std::copy(ids.begin(), ids.end(), feed.tokens);
+  std::copy(places.begin(), places.end(), feed.places);
+  std::copy(angles.begin(), angles.end(), feed.angles);
+  return r.replay->run(feed, tokens);
+}
+
+void CudaStep::wait() {
+  if (stream_) mx::synchronize(*stream_);
+}
+
+std::map<std::string, std::pair<int, double>> CudaStep::kernel_times(int rows) {
+  const auto found = recorded_.find(rows);
+  if (found == recorded_.end() || !found->second.replay)
+    fail("step", "rows", "a step of as many rows before", std::to_string(rows));
+  wait();
+  return found->second.replay->times();
+}
+
+}  // namespace moefuse::cuda

@@ -1,0 +1,202 @@
+// What the texts of this folder need of CUDA beyond dialect_cuda.h: wide loads, tensor cores, early
+// starts, clusters. Comes after lanes.h.
+#pragma once
+
+#if __CUDA_ARCH__ >= 900
+#define MOEFUSE_HOPPER 1
+#else
+#define MOEFUSE_HOPPER 0
+#endif
+
+#define groups_x gridDim.x
+
+// The next kernel's blocks may come onto the device, up to their own wait_for_inputs().
+FUNC void let_next_start() {
+#if MOEFUSE_HOPPER
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Ends when the kernels in front have and their results are to be seen.
+FUNC void wait_for_inputs() {
+#if MOEFUSE_HOPPER
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <int N>
+struct Integers {
+  int v[N];
+};
+
+template <typename T>
+struct alignas(4) Pair {
+  T v[2];
+};
+template <typename T>
+FUNC Pair<T> pair_of(T a, T b) {
+  Pair<T> p;
+  p.v[0] = a;
+  p.v[1] = b;
+  return p;
+}
+template <typename T>
+FUNC float element(Pair<T> p, int i) {
+  return float(p.v[i]);
+}
+template <typename T>
+FUNC Pair<T> load_pair(const T* p, uint at) {
+  Pair<T> pair;
+  uint bits;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bits) : "l"(p + at));
+  pair = *reinterpret_cast<Pair<T>*>(&bits);
+  return pair;
+}
+
+// Four words that nobody reads again soon.
+FUNC Words<4> load_stream(const uint* p, uint at) {
+  Words<4> w;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])
+               : "l"(p + at));
+  return w;
+}
+
+// 16 bytes, in whatever memory they are.
+template <typename T>
+FUNC Words<4> load_eight(const T* p) {
+  return *reinterpret_cast<const Words<4>*>(p);
+}
+template <typename T>
+FUNC uint load_two(const T* p) {
+  return *reinterpret_cast<const uint*>(p);
+}
+
+// Eight values that an earlier kernel may have written while this one was waiting: from L2.
+FUNC Words<4> load_coherent(const void* p) {
+  Words<4> w;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])
+               : "l"(p)
+               : "memory");
+  return w;
+}
+template <typename T>
+FUNC Floats<8> load_fresh(const T* p, uint at) {
+  struct alignas(16) Eight {
+    T v[8];
+  };
+  Words<4> w = load_coherent(p + at);
+  Eight e = *reinterpret_cast<Eight*>(&w);
+  Floats<8> f;
+  UNROLL for (int i = 0; i < 8; ++i) f.v[i] = float(e.v[i]);
+  return f;
+}
+FUNC Floats<8> load_fresh(const float* p, uint at) {
+  Floats<8> f;
+  UNROLL for (int h = 0; h < 2; ++h) {
+    Words<4> w = load_coherent(p + at + 4 * h);
+    UNROLL for (int i = 0; i < 4; ++i) f.v[4 * h + i] = as_float(w.w[i]);
+  }
+  return f;
+}
+
+FUNC Words<4> load_shared(const uint* p, uint at) {
+  return *reinterpret_cast<const Words<4>*>(p + at);
+}
+
+FUNC uint lane_max(uint v) {
+  return __reduce_max_sync(~0u, v);
+}
+FUNC uint byte_permute(uint a, uint b, uint selector) {
+  return __byte_perm(a, b, selector);
+}
+// Within 2 ulp, in the range that steps of a grid have.
+FUNC float div_fast(float a, float b) {
+  return __fdividef(a, b);
+}
+// 2^x within 2 ulp.
+FUNC float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 x 32 unsigned times 32 x 8 signed bytes, plus c.
+FUNC Integers<4> multiply_bytes(Integers<4> c, uint a0, uint a1, uint a2, uint a3, uint b0,
+                                uint b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c.v[0]), "+r"(c.v[1]), "+r"(c.v[2]), "+r"(c.v[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  return c;
+}
+
+template <typename T>
+struct Halves;
+#define HALVES(type, name, pack)                                                             \
+  template <>                                                                                \
+  struct Halves<type> {                                                                      \
+    static FUNC Floats<4> multiply(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint b0, \
+                                   uint b1) {                                                \
+      asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                             \
+          ".f32 {%0, %1, %2, %3}, "                                                          \
+          "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                    \
+          : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])                           \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                           \
+      return c;                                                                              \
+    }                                                                                        \
+    static FUNC uint packed(float a, float b) {                                              \
+      auto p = pack(a, b);                                                                   \
+      return *reinterpret_cast<uint*>(&p);                                                   \
+    }                                                                                        \
+  };
+HALVES(bfloat16_t, "bf16", __floats2bfloat162_rn)
+HALVES(float16_t, "f16", __floats2half2_rn)
+#undef HALVES
+
+// 16 x 16 times 16 x 8 of T, plus c.
+template <typename T>
+FUNC Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  return Halves<T>::multiply(c, a0, a1, a2, a3, b0, b1);
+}
+template <typename T>
+FUNC uint pack_halves(float a, float b) {
+  return Halves<T>::packed(a, b);
+}
+// An 8 x 8 tile of halves, lane 4 g + t with elements (g, 2 t) and (g, 2 t + 1), transposed.
+FUNC uint transpose_tile(uint v) {
+  uint r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+// Four such tiles from shared memory, transposed; lane 8 i + r names row r of tile i.
+template <typename T>
+FUNC Words<4> load_turned(const T* p) {
+  Words<4> w;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])
+               : "r"(uint(__cvta_generic_to_shared(p)))
+               : "memory");
+  return w;
+}
+
+FUNC void cluster_arrive() {
+#if MOEFUSE_HOPPER
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+FUNC void cluster_wait() {
+#if MOEFUSE_HOPPER
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// *p = v in the shared memory of another block of the cluster.
+FUNC void store_remote(float* p, uint rank, float v) {
+#if MOEFUSE_HOPPER
+  uint there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(uint(__cvta_generic_to_shared(p))), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
+#endif
+}

@@ -1,0 +1,310 @@
+#include "cuda/tensor_walk.h"
+
+#include <algorithm>
+
+#include "metal/metal_ops.h"
+
+namespace moefuse::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = 8, kCluster = 8;
+constexpr int kGroupedSplits = 4, kLatentSplits = 32;
+constexpr int kBatch = 32;  // positions in shared memory at a time, for latent attention
+constexpr int kStaticShared = 48 * 1024, kDynamicShared = 224 * 1024;
+
+int slices(int columns) {
+  return metal::blocks(columns, 256);
+}
+// Of a row's values on the grid, and of its partial sums for `rows` rows of output.
+int grid_bytes(int columns, int rows) {
+  return slices(columns) * (128 + 4 + 8 + rows) * 4;
+}
+
+int latent_shared_bytes(int heads, int latent, int rope) {
+  const int pitch = latent + rope + 8, padded = metal::blocks(heads, 8) * 8;
+  return (kBatch + padded) * pitch * 2 + 2 * padded * (kBatch + 8) * 2 + padded * (kBatch + 1) * 4 +
+         padded * 4;
+}
+
+// The first thing that a stage has and the kernels do not take, or "".
+struct Taker {
+  std::string matrix(const Matrix& m, const char* name) const {
+    if (m.bits != 4) return std::string(name) + " of " + std::to_string(m.bits) + " bits";
+    if (m.group_size != 64)
+      return std::string(name) + " in groups of " + std::to_string(m.group_size);
+    return "";
+  }
+  std::string all(std::initializer_list<std::string> answers) const {
+    for (const std::string& a : answers)
+      if (!a.empty()) return a;
+    return "";
+  }
+  std::string when(bool refused, const char* what) const { return refused ? what : ""; }
+  std::string shared(int bytes) const {
+    return when(bytes > kStaticShared, "more columns than shared memory holds");
+  }
+
+  std::string operator()(const Embed&) const { return ""; }
+  std::string operator()(const GroupedProjection& s) const {
+    return all({matrix(s.q, "q"), matrix(s.k, "k"), matrix(s.v, "v"),
+                when(s.q.rows % 16 || s.k.rows % 16, "rows that are no multiple of 16"),
+                shared(kTensorRows * grid_bytes(s.q.cols, 48))});
+  }
+  std::string operator()(const GroupedAttention& s) const {
+    return all({when(s.head_dim % 32 || s.head_dim > 128, "head_dim that is no 32, 64, 96 or 128"),
+                when(s.heads / s.kv_heads > 8, "more than 8 heads to a KV head")});
+  }
+  std::string operator()(const LatentProjection& s) const {
+    return all({matrix(s.q_a, "q_a"), matrix(s.kv_a, "kv_a"),
+                when(s.q_a.rows % 16, "rows that are no multiple of 16"),
+                shared(kTensorRows * grid_bytes(s.q_a.cols, 48))});
+  }
+  std::string operator()(const LatentQuery& s) const {
+    return all({matrix(s.q_b, "q_b"), matrix(s.embed_q, "embed_q"),
+                when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
+                when(s.rope_dim % 16, "rope dimensions that are no multiple of 16"),
+                when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
+                when(latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim) > kDynamicShared,
+                     "more heads than shared memory holds")});
+  }
+  std::string operator()(const LatentAttention& s) const {
+    return when(s.heads > 32, "more than 32 heads");
+  }
+  std::string operator()(const LatentOutput& s) const { return matrix(s.unembed, "unembed_out"); }
+  std::string operator()(const OutputProjection& s) const {
+    return all({matrix(s.o, "o"), shared(kTensorRows * grid_bytes(s.o.cols, 16))});
+  }
+  std::string operator()(const Router& s) const {
+    const int width = static_cast<int>(s.norm.weight.size());
+    return all({when(s.experts > 1024 || s.top_k > 16, "more experts than a warp selects from"),
+                when(width % 8, "a width that is no multiple of 8"),
+                when(s.quantized_gate && s.quantized_gate->bits != 8, "a gate not of 8 bits"),
+                when(s.options.n_group != 1, "groups of experts")});
+  }
+  std::string operator()(const ExpertsGateUp& s) const {
+    return all({matrix(s.gate, "gate"), matrix(s.up, "up"),
+                s.shared_gate ? matrix(*s.shared_gate, "shared gate") : "",
+                s.shared_up ? matrix(*s.shared_up, "shared up") : "",
+                shared(grid_bytes(s.gate.cols, 96))});
+  }
+  std::string operator()(const ExpertsDown& s) const {
+    return all({matrix(s.down, "down"), s.shared_down ? matrix(*s.shared_down, "shared down") : "",
+                shared(17 * grid_bytes(s.down.cols, 16) * (s.down.cols > 1024 ? 0 : 1))});
+  }
+  std::string operator()(const DenseGateUp& s) const {
+    return all({matrix(s.gate, "gate"), matrix(s.up, "up"),
+                shared(kTensorRows * grid_bytes(s.gate.cols, 32))});
+  }
+  std::string operator()(const DenseDown& s) const { return matrix(s.down, "down"); }
+  std::string operator()(const Head& s) const {
+    return all({matrix(s.lm_head, "lm_head"), shared(kTensorRows * grid_bytes(s.lm_head.cols, 0))});
+  }
+};
+
+}  // namespace
+
+std::string tensor_refusal(const Plan& plan) {
+  if (plan.dtype != mx::bfloat16 && plan.dtype != mx::float16) return "float32 activations";
+  for (const Stage& stage : plan.stages) {
+    const std::string why = std::visit(Taker{}, stage.work);
+    if (why.empty()) continue;
+    return (stage.layer < 0 ? "" : "layers." + std::to_string(stage.layer) + ", ") + stage.name +
+           ": " + why;
+  }
+  return "";
+}
+
+TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
+                       metal::WalkInputs inputs, Launcher launcher, int multiprocessors)
+    : metal::Walk(p, a, constants, std::move(inputs), std::move(launcher)),
+      multiprocessors_(multiprocessors) {}
+
+int TensorWalk::tiles_for(int tile_count, int piece_count, int copies) const {
+  int best = 1, best_cost = 1 << 30;
+  for (int tiles = 1; tiles <= 3; ++tiles) {
+    const int grid = metal::blocks(tile_count, tiles) * copies;
+    const int cost =
+        metal::blocks(grid, multiprocessors_) * metal::blocks(tiles * piece_count, kWarps);
+    if (cost < best_cost) {
+      best = tiles;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix& a,
+                              const Matrix* b, const Matrix* c) {
+  std::vector<mx::array> inputs = {x, norm.weight, constant(norm.eps)};
+  append(inputs, a);
+  append(inputs, b ? *b : a);
+  append(inputs, c ? *c : a);
+  const int nk = b ? b->rows : 0, nv = c ? c->rows : 0, n = a.rows + nk + nv;
+  const int tiles = tiles_for(metal::blocks(n, 16), slices(a.cols));
+  return output("grid_project", inputs, {dtype, rows, tiles, a.cols, x.shape(-1), a.rows, nk, nv},
+                {rows, n}, {metal::blocks(n, 16 * tiles), 1, 1}, kThreads);
+}
+
+mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
+  return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
+                {dtype, rows, m.cols, m.rows}, {rows, m.rows}, {metal::blocks(m.rows, 16), 1, 1},
+                kThreads);
+}
+
+void TensorWalk::run(const GroupedProjection& s) {
+  projected = project(hidden, s.norm, s.q, &s.k, &s.v);
+}
+
+void TensorWalk::run(const GroupedAttention& s) {
+  const LayerCache& cache = caches[layer];
+  auto out =
+      outputs("cluster_attention_gqa",
+              {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
+               constant(s.scale), angles, places, cache.keys, cache.values},
+              {dtype, s.heads, s.kv_heads, s.head_dim, kGroupedSplits},
+              {{rows, s.heads, kGroupedSplits, s.head_dim}, {rows, s.heads, kGroupedSplits, 2}},
+              {mx::float32, mx::float32}, {kCluster * kGroupedSplits, s.kv_heads, rows}, kThreads);
+  partial = out[0];
+  stats = out[1];
+  grouped = &s;
+}
+
+void TensorWalk::run(const LatentProjection& s) {
+  projected = project(hidden, s.norm, s.q_a, &s.kv_a, nullptr);
+}
+
+void TensorWalk::run(const LatentQuery& s) {
+  query = project(projected, s.q_a_norm, s.q_b, nullptr, nullptr);
+  const Matrix& m = s.embed_q;
+  const int tiles = tiles_for(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows);
+  latent_query_ =
+      output("grid_heads", {query, m.weight, m.scales, m.biases},
+             {dtype, tiles, m.count, s.nope_dim + s.rope_dim, m.cols, m.rows},
+             {rows, m.count, m.rows}, {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
+  latent = &s;
+}
+
+void TensorWalk::run(const LatentAttention& s) {
+  const LayerCache& cache = caches[layer];
+  const LatentQuery& q = *latent;
+  const int stride = projected.shape(-1);
+  auto out =
+      outputs("staged_attention_mla",
+              {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
+               constant(s.scale), angles, places, cache.keys, cache.values},
+              {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, kLatentSplits, stride,
+               stride - s.latent_dim - s.rope_dim},
+              {{rows, s.heads, kLatentSplits, s.latent_dim}, {rows, s.heads, kLatentSplits, 2}},
+              {mx::float32, mx::float32}, {kLatentSplits, rows, 1}, kThreads,
+              latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim));
+  partial = out[0];
+  stats = out[1];
+  grouped = nullptr;
+}
+
+void TensorWalk::run(const LatentOutput& s) {
+  const Matrix& m = s.unembed;
+  const int tiles = tiles_for(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows);
+  attended = output("grid_unembed", {partial, stats, places, m.weight, m.scales, m.biases},
+                    {dtype, tiles, m.count, m.cols, m.rows, kLatentSplits}, {rows, m.count, m.rows},
+                    {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
+}
+
+void TensorWalk::run(const OutputProjection& s) {
+  if (!grouped) {
+    hidden = add_to_residual(attended, s.o);
+    return;
+  }
+  hidden = output("grid_attention_out",
+                  {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
+                  {dtype, rows, grouped->heads, grouped->head_dim, kGroupedSplits, s.o.rows},
+                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, kThreads);
+}
+
+void TensorWalk::run(const Router& s) {
+  const int width = hidden.shape(-1);
+  std::vector<mx::array> inputs = {hidden, s.norm.weight, constant(s.norm.eps)};
+  std::vector<Arg> args = {dtype, rows};
+  if (s.quantized_gate) {
+    append(inputs, *s.quantized_gate);
+    args.push_back(s.quantized_gate->group_size);
+  } else {
+    inputs.push_back(*s.dense_gate);
+  }
+  args.insert(args.end(), {width, s.experts});
+  router_logits_ = outputs(s.quantized_gate ? "grid_router" : "grid_router_dense", inputs, args,
+                           {{rows, s.experts}}, {mx::float32}, {s.experts, 1, 1}, kThreads)[0];
+  router_ = &s;
+}
+
+// bias and scaling of the router, which a softmax has not.
+void TensorWalk::append_routing(std::vector<mx::array>& inputs) {
+  const bool sigmoid = router_->options.scoring == Scoring::sigmoid;
+  inputs.push_back(sigmoid ? (router_->correction_bias ? *router_->correction_bias
+                                                       : mx::zeros({router_->experts}, mx::float32))
+                           : constant(0.0f));
+  inputs.push_back(constant(sigmoid ? router_->options.scaling_factor : 1.0f));
+}
+
+void TensorWalk::run(const ExpertsGateUp& s) {
+  const Router& r = *router_;
+  const bool shared = s.shared_gate.has_value();
+  std::vector<mx::array> inputs = {hidden, r.norm.weight, constant(r.norm.eps), router_logits_};
+  append_routing(inputs);
+  for (const Matrix* m :
+       {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
+    append(inputs, *m);
+  const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
+  const int tiles = tiles_for(tile_count, slices(s.gate.cols) * 2, slots * rows);
+  inner =
+      output("grid_gate_up", inputs,
+             {dtype, tiles, r.experts, r.top_k, s.gate.cols, s.gate.rows, r.options.norm_topk_prob,
+              r.options.scoring == Scoring::softmax, shared},
+             {rows, slots, s.gate.rows}, {metal::blocks(tile_count, tiles), slots, rows}, kThreads);
+}
+
+void TensorWalk::run(const ExpertsDown& s) {
+  const Router& r = *router_;
+  const bool shared = s.shared_down.has_value();
+  std::vector<mx::array> inputs = {inner, router_logits_};
+  append_routing(inputs);
+  append(inputs, s.down);
+  append(inputs, shared ? *s.shared_down : s.down);
+  inputs.push_back(hidden);
+  const int slots = r.top_k + (shared ? 1 : 0);
+  // About three pieces of 256 columns to a warp, and no more than 1,024 threads.
+  const int warps = std::clamp(metal::blocks(slices(s.down.cols), 3), 1, 32 / slots);
+  const mx::Dtype weight_dtype =
+      s.shared_down || r.options.scoring == Scoring::sigmoid ? mx::float32 : dtype;
+  hidden =
+      output("grid_down", inputs,
+             {dtype, warps, r.experts, r.top_k, s.down.cols, s.down.rows,
+              metal::combine_steps(accumulate, dtype, weight_dtype), r.options.norm_topk_prob,
+              r.options.scoring == Scoring::softmax, shared},
+             {rows, s.down.rows}, {metal::blocks(s.down.rows, 16), rows, 1}, 32 * slots * warps);
+}
+
+void TensorWalk::run(const DenseGateUp& s) {
+  std::vector<mx::array> inputs = {hidden, s.norm.weight, constant(s.norm.eps)};
+  append(inputs, s.gate);
+  append(inputs, s.up);
+  inner = output("grid_gate_up_dense", inputs, {dtype, rows, s.gate.cols, s.gate.rows},
+                 {rows, s.gate.rows}, {metal::blocks(s.gate.rows, 16), 1, 1}, kThreads);
+}
+
+void TensorWalk::run(const DenseDown& s) {
+  hidden = add_to_residual(inner, s.down);
+}
+
+void TensorWalk::run(const Head& s) {
+  const Matrix& m = s.lm_head;
+  // Two pieces on their way for each warp; four rows leave registers for one block only.
+  const int depth = slices(m.cols) % 2 == 0 ? 2 : 1, resident = rows > 2 ? 1 : 2;
+  logits = output("grid_head",
+                  {hidden, s.norm.weight, constant(s.norm.eps), m.weight, m.scales, m.biases},
+                  {dtype, rows, depth, m.cols, m.rows}, {rows, m.rows},
+                  {resident * multiprocessors_, 1, 1}, kThreads, resident);
+}
+
+}  // namespace moefuse::cuda

@@ -1,0 +1,53 @@
+// The walk with CUDA's own kernel texts (cuda/kernels): 4-bit matrices in groups of 64 on the
+// integer tensor cores, attention by clusters. It takes a plan as a whole or not at all; what it
+// does not take goes through the texts that Metal has too.
+#pragma once
+
+#include <string>
+
+#include "metal/walk.h"
+
+namespace moefuse::cuda {
+
+// Rows that a kernel takes at once: it reads its weights once for all of them.
+constexpr int kTensorRows = 4;
+
+// Empty where the walk takes the plan, else what it does not: "layers.3, qkv: group_size 32".
+std::string tensor_refusal(const Plan& plan);
+
+class TensorWalk : public metal::Walk {
+ public:
+  // multiprocessors: of the device.
+  TensorWalk(const Plan& plan, Accumulate accumulate, metal::Constants& constants,
+             metal::WalkInputs inputs, Launcher launcher, int multiprocessors);
+
+ protected:
+  using metal::Walk::run;
+  void run(const GroupedProjection& s) override;
+  void run(const GroupedAttention& s) override;
+  void run(const LatentProjection& s) override;
+  void run(const LatentQuery& s) override;
+  void run(const LatentAttention& s) override;
+  void run(const LatentOutput& s) override;
+  void run(const OutputProjection& s) override;
+  void run(const Router& s) override;
+  void run(const ExpertsGateUp& s) override;
+  void run(const ExpertsDown& s) override;
+  void run(const DenseGateUp& s) override;
+  void run(const DenseDown& s) override;
+  void run(const Head& s) override;
+
+ private:
+  // Tiles of 16 rows to a block: as few pieces for the busiest multiprocessor as can be.
+  int tiles_for(int tile_count, int slices, int copies = 1) const;
+  mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
+                    const Matrix* c);
+  mx::array add_to_residual(const mx::array& x, const Matrix& m);
+  void append_routing(std::vector<mx::array>& inputs);
+
+  const int multiprocessors_;
+  const Router* router_ = nullptr;  // of the layer
+  mx::array router_logits_{0}, latent_query_{0};
+};
+
+}  // namespace moefuse::cuda
