@@ -108,34 +108,40 @@ std::map<std::string, Function>& functions() {
   return built;
 }
 
-void compile_missing(const std::set<std::string>& texts) {
-  static std::mutex mutex;
-  std::lock_guard lock(mutex);
-  std::vector<std::string> missing, names;
-  std::string source = metal::cuda_header();
-  for (const std::string& text : texts) {
-    if (functions().count(text)) continue;
-    names.push_back(text == kFeedText ? "feed" : "kernel" + std::to_string(missing.size()));
-    missing.push_back(text);
-    const auto end = text.find('\n');  // the first line holds the function's attributes
-    source += text == kFeedText ? text
-                                : "extern \"C\" __global__ void " + text.substr(0, end) +
-                                      names.back() + text.substr(end + 1);
-  }
-  if (missing.empty()) return;
-  if (const char* file = std::getenv("MOEFUSE_CUDA_SOURCE")) {
-    if (FILE* out = std::fopen(file, "w")) {
-      std::fputs(source.c_str(), out);
-      std::fclose(out);
-    }
-  }
-  const std::vector<Function> built = compile(source, names);
-  for (size_t i = 0; i < missing.size(); ++i) functions()[missing[i]] = built[i];
-}
-
+// A function's key: its attributes on a line, then its text.
 std::string key_of(const metal::Call& call) {
   return call.kernel->cuda_attributes + " __launch_bounds__(" + std::to_string(call.threads) +
          ", " + std::to_string(call.resident) + ") \n" + text_of(call);
+}
+
+std::string assemble(const std::vector<std::string>& keys, const std::vector<std::string>& names) {
+  std::string source = metal::cuda_header();
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const auto end = keys[i].find('\n');
+    source += keys[i] == kFeedText ? keys[i]
+                                   : "extern \"C\" __global__ void " + keys[i].substr(0, end) +
+                                         names[i] + keys[i].substr(end + 1);
+  }
+  return source;
+}
+
+std::vector<std::string> names_of(const std::vector<std::string>& keys) {
+  std::vector<std::string> names;
+  for (const std::string& key : keys)
+    names.push_back(key == kFeedText ? "feed" : "kernel" + std::to_string(names.size()));
+  return names;
+}
+
+void compile_missing(const std::set<std::string>& keys) {
+  static std::mutex mutex;
+  std::lock_guard lock(mutex);
+  std::vector<std::string> missing;
+  for (const std::string& key : keys)
+    if (!functions().count(key)) missing.push_back(key);
+  if (missing.empty()) return;
+  const auto names = names_of(missing);
+  const std::vector<Function> built = compile(assemble(missing, names), names);
+  for (size_t i = 0; i < missing.size(); ++i) functions()[missing[i]] = built[i];
 }
 
 mx::array device_zeros(const mx::Shape& shape, mx::Dtype dtype) {
@@ -162,6 +168,13 @@ class StepNode : public mx::Primitive {
   Replay& replay_;
   Feed feed_;
 };
+
+std::string source_of(const std::vector<metal::Call>& calls) {
+  std::set<std::string> keys = {kFeedText};
+  for (const metal::Call& call : calls) keys.insert(key_of(call));
+  const std::vector<std::string> list(keys.begin(), keys.end());
+  return assemble(list, names_of(list));
+}
 
 bool can_replay() {
   const char* wish = std::getenv("MOEFUSE_CUDA_GRAPH");

@@ -73,7 +73,7 @@ struct Taker {
   }
   std::string operator()(const LatentOutput& s) const { return matrix(s.unembed, "unembed_out"); }
   std::string operator()(const OutputProjection& s) const {
-    return all({matrix(s.o, "o"), shared(kTensorRows * grid_bytes(s.o.cols, 16))});
+    return all({matrix(s.o, "o"), shared(grid_bytes(s.o.cols, 16))});
   }
   std::string operator()(const Router& s) const {
     const int width = static_cast<int>(s.norm.weight.size());
@@ -96,7 +96,9 @@ struct Taker {
     return all({matrix(s.gate, "gate"), matrix(s.up, "up"),
                 shared(kTensorRows * grid_bytes(s.gate.cols, 32))});
   }
-  std::string operator()(const DenseDown& s) const { return matrix(s.down, "down"); }
+  std::string operator()(const DenseDown& s) const {
+    return all({matrix(s.down, "down"), shared(grid_bytes(s.down.cols, 16))});
+  }
   std::string operator()(const Head& s) const {
     return all({matrix(s.lm_head, "lm_head"), shared(kTensorRows * grid_bytes(s.lm_head.cols, 0))});
   }
@@ -118,16 +120,24 @@ std::string tensor_refusal(const Plan& plan) {
 TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
                        metal::WalkInputs inputs, Launcher launcher, int multiprocessors)
     : metal::Walk(p, a, constants, std::move(inputs), std::move(launcher)),
-      multiprocessors_(multiprocessors) {}
+      multiprocessors_(multiprocessors) {
+  wide_constants = true;
+}
 
-int TensorWalk::tiles_for(int tile_count, int piece_count, int copies) const {
-  int best = 1, best_cost = 1 << 30;
+TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copies) const {
+  constexpr int kRegisters = 65536 / kThreads;
+  Tiling best;
+  int best_cost = 1 << 30;
   for (int tiles = 1; tiles <= 3; ++tiles) {
     const int grid = metal::blocks(tile_count, tiles) * copies;
-    const int cost =
-        metal::blocks(grid, multiprocessors_) * metal::blocks(tiles * piece_count, kWarps);
+    const int pieces = metal::blocks(tiles * piece_count, kWarps);
+    const int registers = 40 + 20 * pieces;  // 20 hold a piece
+    const int resident =
+        std::clamp(metal::blocks(grid, multiprocessors_), 1, std::max(1, kRegisters / registers));
+    const int waves = metal::blocks(grid, multiprocessors_ * resident);
+    const int cost = waves * resident * pieces;
     if (cost < best_cost) {
-      best = tiles;
+      best = {tiles, resident};
       best_cost = cost;
     }
   }
@@ -141,15 +151,17 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
   append(inputs, b ? *b : a);
   append(inputs, c ? *c : a);
   const int nk = b ? b->rows : 0, nv = c ? c->rows : 0, n = a.rows + nk + nv;
-  const int tiles = tiles_for(metal::blocks(n, 16), slices(a.cols));
+  const auto [tiles, resident] = tiling(metal::blocks(n, 16), slices(a.cols));
   return output("grid_project", inputs, {dtype, rows, tiles, a.cols, x.shape(-1), a.rows, nk, nv},
-                {rows, n}, {metal::blocks(n, 16 * tiles), 1, 1}, kThreads);
+                {rows, n}, {metal::blocks(n, 16 * tiles), 1, 1}, kThreads, rows > 1 ? 1 : resident);
 }
 
 mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
+  int together = rows;  // as many rows as shared memory holds
+  while (rows % together || together * grid_bytes(m.cols, 16) > kStaticShared) --together;
   return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
-                {dtype, rows, m.cols, m.rows}, {rows, m.rows}, {metal::blocks(m.rows, 16), 1, 1},
-                kThreads);
+                {dtype, together, m.cols, m.rows}, {rows, m.rows},
+                {metal::blocks(m.rows, 16), rows / together, 1}, kThreads);
 }
 
 void TensorWalk::run(const GroupedProjection& s) {
@@ -177,7 +189,7 @@ void TensorWalk::run(const LatentProjection& s) {
 void TensorWalk::run(const LatentQuery& s) {
   query = project(projected, s.q_a_norm, s.q_b, nullptr, nullptr);
   const Matrix& m = s.embed_q;
-  const int tiles = tiles_for(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows);
+  const int tiles = tiling(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows).tiles;
   latent_query_ =
       output("grid_heads", {query, m.weight, m.scales, m.biases},
              {dtype, tiles, m.count, s.nope_dim + s.rope_dim, m.cols, m.rows},
@@ -205,7 +217,7 @@ void TensorWalk::run(const LatentAttention& s) {
 
 void TensorWalk::run(const LatentOutput& s) {
   const Matrix& m = s.unembed;
-  const int tiles = tiles_for(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows);
+  const int tiles = tiling(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows).tiles;
   attended = output("grid_unembed", {partial, stats, places, m.weight, m.scales, m.biases},
                     {dtype, tiles, m.count, m.cols, m.rows, kLatentSplits}, {rows, m.count, m.rows},
                     {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
@@ -256,7 +268,7 @@ void TensorWalk::run(const ExpertsGateUp& s) {
        {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
     append(inputs, *m);
   const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
-  const int tiles = tiles_for(tile_count, slices(s.gate.cols) * 2, slots * rows);
+  const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots);
   inner =
       output("grid_gate_up", inputs,
              {dtype, tiles, r.experts, r.top_k, s.gate.cols, s.gate.rows, r.options.norm_topk_prob,

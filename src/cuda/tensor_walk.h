@@ -38,8 +38,12 @@ class TensorWalk : public metal::Walk {
   void run(const Head& s) override;
 
  private:
-  // Tiles of 16 rows to a block: as few pieces for the busiest multiprocessor as can be.
-  int tiles_for(int tile_count, int slices, int copies = 1) const;
+  // Tiles of 16 rows to a block, and blocks that a multiprocessor has registers for: as few pieces
+  // for the busiest one as can be.
+  struct Tiling {
+    int tiles = 1, resident = 1;
+  };
+  Tiling tiling(int tile_count, int slices, int copies = 1) const;
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
                     const Matrix* c);
   mx::array add_to_residual(const mx::array& x, const Matrix& m);

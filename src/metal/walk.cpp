@@ -4,7 +4,6 @@
 #include <set>
 
 #include "metal/metal_ops.h"
-#include "mlx/backend/cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace moefuse::metal {
@@ -40,10 +39,8 @@ void Walk::append(std::vector<mx::array>& inputs, const Matrix& m) {
   inputs.insert(inputs.end(), {m.weight, m.scales, m.biases});
 }
 
-// MLX keeps a lone float of CUDA's where the host can reach it, which makes every read slow.
 const mx::array& Walk::constant(float v) {
-  const bool wide = mx::cu::is_available();
-  return constants_.try_emplace(v, wide ? mx::full({16}, v) : mx::array({v})).first->second;
+  return constants_.try_emplace(v, wide_constants ? mx::full({16}, v) : mx::array({v})).first->second;
 }
 
 std::vector<mx::array> Walk::outputs(const char* name, std::vector<mx::array> inputs,

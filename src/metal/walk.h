@@ -8,6 +8,7 @@
 
 #include "decode/plan.h"
 #include "metal/launch.h"
+#include "mlx/backend/cuda/cuda.h"
 
 namespace moefuse::metal {
 
@@ -70,6 +71,8 @@ class Walk {
   const mx::Dtype dtype;
   const mx::array tokens, places, angles;
 
+  // MLX keeps a lone float of CUDA's where the host can reach it, which makes every read slow.
+  bool wide_constants = mx::cu::is_available();
   int layer = -1;
   const GroupedAttention* grouped = nullptr;
   const LatentQuery* latent = nullptr;

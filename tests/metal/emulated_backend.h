@@ -65,7 +65,7 @@ void write_back(const Buffer<T>& b, const mx::array& a) {
     bool same = true;                                  \
     signature return same && next == call.args.size(); \
   }
-MOEFUSE_KERNELS(MATCH)
+EMULATED_KERNELS(MATCH)
 #undef MATCH
 #undef TYPE
 #undef INT
@@ -88,7 +88,7 @@ MOEFUSE_KERNELS(MATCH)
     size_t next_in = 0, next_out = 0; \
     signature                         \
   };
-MOEFUSE_KERNELS(STORE)
+EMULATED_KERNELS(STORE)
 #undef STORE
 #undef TYPE
 #undef INT
@@ -106,7 +106,7 @@ MOEFUSE_KERNELS(STORE)
   auto bind_##name(store_##name<Params>& store) { \
     return kernels::name<Params>{signature};      \
   }
-MOEFUSE_KERNELS(BIND)
+EMULATED_KERNELS(BIND)
 #undef BIND
 #undef IN
 #undef OUT
@@ -126,7 +126,7 @@ MOEFUSE_KERNELS(BIND)
     size_t next_in = 0, next_out = 0;                                                    \
     signature return out;                                                                \
   }
-MOEFUSE_KERNELS(COLLECT)
+EMULATED_KERNELS(COLLECT)
 #undef COLLECT
 #undef TYPE
 #undef INT
@@ -147,7 +147,7 @@ MOEFUSE_KERNELS(COLLECT)
                        [&kernel] { kernel(); });                                   \
     return collect_##name<Params>(call, store);                                    \
   }
-MOEFUSE_KERNELS(RUN)
+EMULATED_KERNELS(RUN)
 #undef RUN
 
 // The backend: tries what was registered, in order, and counts the dispatches.

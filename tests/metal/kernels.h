@@ -5,12 +5,15 @@
 
 #include "dialect_host.h"
 
+#ifndef EMULATED_KERNELS  // a test of more texts than these has included its own
+#define EMULATED_KERNELS MOEFUSE_KERNELS
 #define DEVICE_FUNCTION
 #define IN(type, name, count) emulator::Pointer<const type> name;
 #define OUT(type, name, count) emulator::Pointer<type> name;
 #include "callables.h"
 #undef IN
 #undef OUT
+#endif
 
 namespace kernels {
 
@@ -28,7 +31,7 @@ inline void expect_size(const char* name, size_t got, size_t expected) {
 // check_sizes(kernel, sizes): every buffer holds exactly what its signature says.
 #define TYPE(name)
 #define INT(name) [[maybe_unused]] constexpr int name = Params::name;
-#define BOOL(name)
+#define BOOL(name) [[maybe_unused]] constexpr bool name = Params::name;
 #define IN(type, name, count) expect_size(#name, kernel.name.size(), count);
 #define OUT IN
 #define SIZES(name, signature)                                                \
@@ -38,7 +41,7 @@ inline void expect_size(const char* name, size_t got, size_t expected) {
     signature                                                                 \
   }
 
-MOEFUSE_KERNELS(SIZES)
+EMULATED_KERNELS(SIZES)
 
 #undef SIZES
 #undef TYPE

@@ -22,8 +22,8 @@
 
 #define GRID_LINEAR_RESIDUAL_SIGNATURE \
   TYPE(T) INT(ROWS) INT(COLS) INT(N) \
-  IN(T, x, ROWS * COLS) GRID_IN(, 1, N, COLS) IN(T, residual, ROWS * N) \
-  OUT(T, out, ROWS * N)
+  IN(T, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(T, residual, rows * N) \
+  OUT(T, out, rows * N)
 
 #define GRID_HEADS_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(X_HEAD) INT(PART) INT(N) \

@@ -93,6 +93,7 @@ std::string location(const Where& where) {
 
 class Group {
  public:
+  Uint3 groups;  // of the dispatch
   void run(Uint3 position, uint64_t first, uint32_t threads, Order order, uint32_t seed,
            const std::function<void()>& kernel);
   void park(State state, Where where) {
@@ -268,6 +269,7 @@ void dispatch(Uint3 groups, uint32_t threads, Order order, const std::function<v
   if (threads == 0 || threads > kMaxThreads) {
     throw Error("threadgroup of " + std::to_string(threads) + " threads, limit 1024");
   }
+  group().groups = groups;
   static uint64_t serial = 0;
   ++serial;
   const uint32_t total = groups.x * groups.y * groups.z;
@@ -286,6 +288,9 @@ uint32_t simdgroup() {
 }
 uint32_t thread_in_group() {
   return group().current();
+}
+Uint3 group_count() {
+  return group().groups;
 }
 Uint3 group_position() {
   return group().position();

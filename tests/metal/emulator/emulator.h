@@ -57,6 +57,7 @@ uint32_t lane();
 uint32_t simdgroup();
 uint32_t thread_in_group();
 Uint3 group_position();
+Uint3 group_count();
 // The running dispatch and, in the low 32 bits, the thread in it from 1 on; 0 outside a kernel.
 uint64_t thread_in_dispatch();
 void barrier(Where where);

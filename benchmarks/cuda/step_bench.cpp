@@ -1,0 +1,321 @@
+// The decode step on a CUDA device at true geometry with random weights: compared with the CPU's
+// executor on the first layers, its bits under batch, graph and overlap, then tokens a second and
+// each kernel. Speed does not depend on the values.
+//   step_bench qwen|glm [check] [time] [layers=N] [context=N,N] [rows=N,N] [tokens=N]
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "mlx/mlx.h"
+#include "moefuse/decoder.h"
+
+namespace mx = mlx::core;
+using moefuse::Accumulate;
+using Clock = std::chrono::steady_clock;
+
+namespace {
+
+struct Options {
+  std::string family;
+  bool check = false, time = false;
+  int layers = 0, tokens = 200;
+  std::vector<int> contexts = {1024}, rows = {1};
+};
+
+std::vector<int> numbers(const std::string& list) {
+  std::vector<int> out;
+  std::stringstream in(list);
+  for (std::string item; std::getline(in, item, ',');) out.push_back(std::stoi(item));
+  return out;
+}
+
+// Random weights by mlx-lm's names, in bfloat16 with 4-bit matrices in groups of 64. `gain` is the
+// root mean square of a product with a vector of ones' size.
+class RandomModel {
+ public:
+  RandomModel(const std::string& config, int layers) : model{moefuse::parse_config(config), {}} {
+    model.config.num_hidden_layers = layers;
+    model.config.sparse.resize(layers);
+  }
+  void quantized(const std::string& name, int count, int rows, int cols, float gain = 1.0f,
+                 int bits = 4) {
+    const int top = (1 << bits) - 1;
+    const float scale = gain / (top / std::sqrt(12.0f) * std::sqrt(float(cols)));
+    mx::Shape words = {count, rows, cols * bits / 32}, groups = {count, rows, cols / 64};
+    if (count == 1) words.erase(words.begin()), groups.erase(groups.begin());
+    put(name + ".weight", mx::random::bits(words, 4, next_key()));
+    const mx::array spread = mx::random::uniform(0.75f, 1.25f, groups, mx::float32, next_key());
+    put(name + ".scales", mx::astype(spread * scale, mx::bfloat16));
+    put(name + ".biases", mx::astype(spread * (-scale * top / 2), mx::bfloat16));
+  }
+  void norm(const std::string& name, int width) {
+    put(name + ".weight",
+        mx::astype(mx::random::uniform(0.8f, 1.2f, {width}, mx::float32, next_key()),
+                   mx::bfloat16));
+  }
+  void put(const std::string& name, mx::array a) {
+    mx::eval(a);
+    model.weights.insert_or_assign(name, a);
+  }
+  mx::array next_key() { return mx::random::key(++seed_); }
+  moefuse::Model model;
+
+ private:
+  uint64_t seed_ = 0;
+};
+
+RandomModel qwen(int layers) {
+  RandomModel m(R"({"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "norm_topk_prob": true})",
+                layers);
+  m.quantized("model.embed_tokens", 1, 151936, 2048, 40.0f);
+  m.quantized("lm_head", 1, 151936, 2048, 3.0f);
+  m.norm("model.norm", 2048);
+  for (int i = 0; i < layers; ++i) {
+    const std::string layer = "model.layers." + std::to_string(i) + ".", a = layer + "self_attn.";
+    m.norm(layer + "input_layernorm", 2048);
+    m.norm(layer + "post_attention_layernorm", 2048);
+    m.norm(a + "q_norm", 128);
+    m.norm(a + "k_norm", 128);
+    m.quantized(a + "q_proj", 1, 4096, 2048);
+    m.quantized(a + "k_proj", 1, 512, 2048);
+    m.quantized(a + "v_proj", 1, 512, 2048);
+    m.quantized(a + "o_proj", 1, 2048, 4096, 0.5f);
+    m.quantized(layer + "mlp.gate", 1, 128, 2048, 2.0f, 8);
+    m.quantized(layer + "mlp.switch_mlp.gate_proj", 128, 768, 2048);
+    m.quantized(layer + "mlp.switch_mlp.up_proj", 128, 768, 2048);
+    m.quantized(layer + "mlp.switch_mlp.down_proj", 128, 2048, 768);
+  }
+  return m;
+}
+
+RandomModel glm(int layers) {
+  RandomModel m(R"({"model_type": "glm4_moe_lite", "hidden_size": 2048, "num_hidden_layers": 47,
+    "vocab_size": 154880, "max_position_embeddings": 202752, "num_attention_heads": 20,
+    "intermediate_size": 10240, "moe_intermediate_size": 1536, "n_routed_experts": 64,
+    "num_experts_per_tok": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+    "v_head_dim": 256, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "norm_topk_prob": true,
+    "routed_scaling_factor": 1.8})",
+                layers);
+  m.quantized("model.embed_tokens", 1, 154880, 2048, 40.0f);
+  m.quantized("lm_head", 1, 154880, 2048, 3.0f);
+  m.norm("model.norm", 2048);
+  for (int i = 0; i < layers; ++i) {
+    const std::string layer = "model.layers." + std::to_string(i) + ".", a = layer + "self_attn.";
+    m.norm(layer + "input_layernorm", 2048);
+    m.norm(layer + "post_attention_layernorm", 2048);
+    m.norm(a + "q_a_layernorm", 768);
+    m.norm(a + "kv_a_layernorm", 512);
+    m.quantized(a + "q_a_proj", 1, 768, 2048);
+    m.quantized(a + "q_b_proj", 1, 5120, 768);
+    m.quantized(a + "kv_a_proj_with_mqa", 1, 576, 2048);
+    m.quantized(a + "embed_q", 20, 512, 192);
+    m.quantized(a + "unembed_out", 20, 256, 512);
+    m.quantized(a + "o_proj", 1, 2048, 5120, 0.5f);
+    const std::string mlp = layer + "mlp.";
+    const auto part = [&](const std::string& to, int count, int width) {
+      m.quantized(to + "gate_proj", count, width, 2048);
+      m.quantized(to + "up_proj", count, width, 2048);
+      m.quantized(to + "down_proj", count, 2048, width);
+    };
+    if (i == 0) {
+      part(mlp, 1, 10240);
+      continue;
+    }
+    m.put(mlp + "gate.weight",
+          mx::astype(mx::random::normal({64, 2048}, mx::float32, 0.0f, 0.05f, m.next_key()),
+                     mx::bfloat16));
+    m.put(mlp + "gate.e_score_correction_bias",
+          mx::random::uniform(-0.1f, 0.1f, {64}, mx::float32, m.next_key()));
+    part(mlp + "switch_mlp.", 64, 1536);
+    part(mlp + "shared_experts.", 1, 1536);
+  }
+  return m;
+}
+
+std::vector<moefuse::LayerCache> caches_of(const moefuse::Decoder& decoder, int rows, int slots,
+                                           mx::Device where) {
+  std::vector<moefuse::LayerCache> caches;
+  const auto c = decoder.cache_shape();
+  uint64_t seed = 1000;
+  const auto fill = [&](int dim) {
+    const mx::array one =
+        mx::astype(mx::random::normal({1, c.kv_heads, slots, dim}, mx::float32, 0.0f, 1.0f,
+                                      mx::random::key(++seed), mx::Device::gpu),
+                   decoder.dtype(), mx::Device::gpu);
+    return mx::contiguous(mx::repeat(one, rows, 0, mx::Device::gpu), false, mx::Device::gpu);
+  };
+  for (int i = 0; i < decoder.config().num_hidden_layers; ++i) {
+    caches.push_back({fill(c.key_dim), fill(c.value_dim)});
+    mx::eval(caches.back().keys, caches.back().values);
+    if (where == mx::Device::cpu) {  // memory of the host's own
+      for (mx::array* a : {&caches.back().keys, &caches.back().values}) {
+        *a = mx::copy(*a, mx::Device::cpu);
+        a->eval();
+      }
+    }
+  }
+  return caches;
+}
+
+std::vector<float> values(const mx::array& a) {
+  mx::array f = mx::contiguous(mx::astype(a, mx::float32, mx::Device::gpu), false, mx::Device::gpu);
+  f.eval();
+  mx::synchronize(mx::default_stream(mx::Device::gpu));
+  return {f.data<float>(), f.data<float>() + f.size()};
+}
+
+double relative(const std::vector<float>& got, const std::vector<float>& want) {
+  double top = 0, sum = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    top += std::pow(double(got[i]) - want[i], 2);
+    sum += std::pow(double(want[i]), 2);
+  }
+  return std::sqrt(top / sum);
+}
+
+std::vector<moefuse::StepRow> rows_at(int rows, int slot) {
+  std::vector<moefuse::StepRow> list;
+  for (int r = 0; r < rows; ++r)
+    list.push_back({uint32_t(1000 + 77 * r + slot), r, slot - r, 0, slot - r});
+  return list;
+}
+
+using Logits = std::vector<std::vector<float>>;
+
+// Steps from each of `starts` (slots), two tokens each: logits.
+Logits trace(const RandomModel& m, int rows, const std::vector<int>& starts) {
+  moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
+  auto caches = caches_of(decoder, rows, 9000, mx::Device::gpu);
+  Logits out;
+  for (int start : starts)
+    for (int i = 0; i < 2; ++i)
+      out.push_back(values(decoder.step(rows_at(rows, start + i), caches)));
+  return out;
+}
+
+void check(const Options& o, RandomModel& m) {
+  const std::vector<int> starts = {3, 40, 1023, 2500, 8700};
+  const Logits tensor = trace(m, 1, starts);
+  const auto again = trace(m, 1, starts);
+  setenv("MOEFUSE_CUDA_OVERLAP", "0", 1);
+  const auto plain = trace(m, 1, starts);
+  unsetenv("MOEFUSE_CUDA_OVERLAP");
+  setenv("MOEFUSE_CUDA_TENSOR", "0", 1);
+  const Logits shared = trace(m, 1, starts);
+  unsetenv("MOEFUSE_CUDA_TENSOR");
+  std::printf("%s: same bits again: %s, without overlap: %s\n", o.family.c_str(),
+              tensor == again ? "yes" : "NO", tensor == plain ? "yes" : "NO");
+  const size_t vocab = tensor[0].size();
+  for (int rows : {2, 4}) {
+    const Logits many = trace(m, rows, starts);
+    bool same = true;
+    for (size_t i = 0; i < tensor.size(); ++i)
+      same = same && std::memcmp(many[i].data(), tensor[i].data(), vocab * 4) == 0;
+    std::printf("%s: row 0 of %d has the bits that it has alone: %s\n", o.family.c_str(), rows,
+                same ? "yes" : "NO");
+  }
+  std::fflush(stdout);
+  mx::set_default_device(mx::Device::cpu);
+  moefuse::Decoder cpu(m.model, Accumulate::fp32_no_fma);
+  auto caches = caches_of(cpu, 1, 9000, mx::Device::cpu);
+  size_t at = 0;
+  for (int start : starts)
+    for (int i = 0; i < 2; ++i, ++at) {
+      mx::array logits = cpu.step(rows_at(1, start + i), caches);
+      const std::vector<float> want(logits.data<float>(), logits.data<float>() + vocab);
+      std::printf("%s slot %d: off the CPU's fp32 by %.5f (tensor walk), %.5f (shared texts)\n",
+                  o.family.c_str(), start + i, relative(tensor[at], want),
+                  relative(shared[at], want));
+    }
+  mx::set_default_device(mx::Device::gpu);
+}
+
+void time_tokens(const Options& o, RandomModel& m, int context, int rows) {
+  moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
+  auto caches = caches_of(decoder, rows, context + 32 + 2 * o.tokens + 256, mx::Device::gpu);
+  int slot = context;
+  mx::array token = mx::full({rows}, 5, mx::uint32);
+  const auto run = [&](int count) {
+    for (int i = 0; i < count; ++i, ++slot) {
+      std::vector<moefuse::StepRow> list;
+      for (int r = 0; r < rows; ++r) list.push_back({0, r, slot, 0, slot});
+      token = mx::argmax(decoder.step(list, caches, token), -1);
+      mx::async_eval(token);
+    }
+    token.eval();
+    mx::synchronize(mx::default_stream(mx::Device::gpu));
+  };
+  run(32);
+  std::vector<double> rates;
+  for (int i = 0; i < 3; ++i) {
+    const auto start = Clock::now();
+    slot = context;
+    run(o.tokens);
+    rates.push_back(o.tokens / std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  std::sort(rates.begin(), rates.end());
+  std::printf(
+      "%s %d layers context %d rows %d: %.1f steps/s (%.1f to %.1f), %.1f tok/s, peak %.2f GB\n",
+      o.family.c_str(), m.model.config.num_hidden_layers, context, rows, rates[1], rates[0],
+      rates[2], rates[1] * rows, mx::get_peak_memory() / 1e9);
+  std::fflush(stdout);
+  if (context != o.contexts[0]) return;
+  double total = 0;
+  for (const auto& [name, times] : decoder.kernel_times(rows)) {
+    std::printf("  %-44s %4d x %7.2f us\n", name.c_str(), times.first, times.second);
+    total += times.first * times.second;
+  }
+  std::printf("  kernels alone %.1f us, a token %.1f us\n", total, 1e6 / rates[1]);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options o;
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i], value = arg.substr(arg.find('=') + 1);
+    if (arg == "check")
+      o.check = true;
+    else if (arg == "time")
+      o.time = true;
+    else if (arg.rfind("layers=", 0) == 0)
+      o.layers = std::stoi(value);
+    else if (arg.rfind("tokens=", 0) == 0)
+      o.tokens = std::stoi(value);
+    else if (arg.rfind("context=", 0) == 0)
+      o.contexts = numbers(value);
+    else if (arg.rfind("rows=", 0) == 0)
+      o.rows = numbers(value);
+    else
+      o.family = arg;
+  }
+  mx::set_default_device(mx::Device::gpu);
+  const bool is_qwen = o.family == "qwen";
+  const int layers = o.layers ? o.layers : (is_qwen ? 48 : 47);
+  try {
+    RandomModel m = is_qwen ? qwen(layers) : glm(layers);
+    std::printf("%s, %d layers: %.2f GB\n", o.family.c_str(), layers,
+                mx::get_active_memory() / 1e9);
+    std::fflush(stdout);
+    if (o.check) check(o, m);
+    if (o.time)
+      for (int rows : o.rows)
+        for (int context : o.contexts) time_tokens(o, m, context, rows);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "step_bench: %s\n", e.what());
+    return 1;
+  }
+}
