@@ -1,6 +1,7 @@
 #include "cuda/tensor_walk.h"
 
 #include <algorithm>
+#include <array>
 
 #include "metal/metal_ops.h"
 
@@ -126,22 +127,18 @@ TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
 
 TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copies) const {
   constexpr int kRegisters = 65536 / kThreads;
-  Tiling best;
-  int best_cost = 1 << 30;
-  for (int tiles = 1; tiles <= 3; ++tiles) {
+  std::array<int, 4> best = {1 << 30};
+  for (int tiles = 1; tiles <= 4; ++tiles) {
     const int grid = metal::blocks(tile_count, tiles) * copies;
     const int pieces = metal::blocks(tiles * piece_count, kWarps);
     const int registers = 40 + 20 * pieces;  // 20 hold a piece
-    const int resident =
-        std::clamp(metal::blocks(grid, multiprocessors_), 1, std::max(1, kRegisters / registers));
+    const int wanted = metal::blocks(grid, multiprocessors_);
+    const int resident = std::clamp(kRegisters / registers, 1, wanted);
     const int waves = metal::blocks(grid, multiprocessors_ * resident);
-    const int cost = waves * resident * pieces;
-    if (cost < best_cost) {
-      best = {tiles, resident};
-      best_cost = cost;
-    }
+    // Of equal ones the fewest blocks: each brings its row to the grid for itself.
+    best = std::min(best, {waves * resident * pieces, resident, tiles, resident});
   }
-  return best;
+  return {best[2], best[3]};
 }
 
 mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix& a,

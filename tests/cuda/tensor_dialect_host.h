@@ -63,6 +63,9 @@ inline uint byte_permute(uint a, uint b, uint selector) {
 inline float div_fast(float a, float b) {
   return a / b;
 }
+inline float rsqrt_fast(float x) {
+  return 1.0f / std::sqrt(x);
+}
 inline float exp2_fast(float x) {
   return std::exp2(x);
 }

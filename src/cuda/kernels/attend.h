@@ -18,8 +18,18 @@ FUNC Floats<N> load_values(const T* p) {
 // RMS norm of a vector spread over the lanes, the weight at hand.
 template <typename T, int N>
 FUNC Floats<N> gained_norm(Floats<N> x, const Floats<N>& gain, float eps) {
-  float scale = rms_scale(lane_sum(lane_dot<N>(x, x)), 32 * N, eps);
+  float scale = rsqrt_fast(fma_rn(lane_sum(lane_dot<N>(x, x)), 1.0f / (32 * N), eps));
   UNROLL for (int j = 0; j < N; ++j) x.v[j] = float(norm_element<T>(x.v[j], scale, gain.v[j]));
+  return x;
+}
+
+// Rotary embedding of such a vector, element i with i + half; turns: the lane's (cos, sin) pairs.
+template <typename T, int N>
+FUNC Floats<N> turned(Floats<N> x, const Floats<2 * N>& turns, uint lane) {
+  UNROLL for (int j = 0; j < N; ++j) {
+    float s = turns.v[2 * j + 1], other = shuffle_xor(x.v[j], 16u);
+    x.v[j] = rounded<T>(fma_rn(x.v[j], turns.v[2 * j], mul_rn(other, lane < 16u ? -s : s)));
+  }
   return x;
 }
 

@@ -249,8 +249,8 @@ FUNC Gains<COLS, THREADS> load_gains(W weight, uint thread_at) {
 }
 
 template <int WARPS, typename F>
-FUNC float scale_of_squares(F squares, uint count, float eps) {
+FUNC float scale_of_squares(F squares, float count, float eps) {
   float sum = squares[0];
   UNROLL for (int i = 1; i < WARPS; ++i) sum = add_rn(sum, squares[i]);
-  return rms_scale(sum, count, eps);
+  return rsqrt_fast(fma_rn(sum, 1.0f / count, eps));
 }

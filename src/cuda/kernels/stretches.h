@@ -2,8 +2,10 @@
 // own cache alone, so that its bits do not depend on its neighbours.
 #pragma once
 
+constexpr int kGroupedStretch = 2048, kLatentStretch = 32;
+
 // At most MOST, a power of two: one for every TOKENS tokens.
-template <int MOST, int TOKENS = 2048>
+template <int MOST, int TOKENS>
 FUNC uint stretches(uint cached) {
   uint active = 1u;
   while (active < uint(MOST) && cached > active * TOKENS) active *= 2u;

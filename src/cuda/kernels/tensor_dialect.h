@@ -114,6 +114,10 @@ FUNC uint byte_permute(uint a, uint b, uint selector) {
 FUNC float div_fast(float a, float b) {
   return __fdividef(a, b);
 }
+// 1 / sqrt(x) within 2 ulp.
+FUNC float rsqrt_fast(float x) {
+  return rsqrtf(x);
+}
 // 2^x within 2 ulp.
 FUNC float exp2_fast(float x) {
   float y;
