@@ -17,9 +17,9 @@ constexpr int kStaticShared = 48 * 1024, kDynamicShared = 224 * 1024;
 int slices(int columns) {
   return metal::blocks(columns, 256);
 }
-// Of a row's values on the grid, and of its partial sums for `rows` rows of output.
-int grid_bytes(int columns, int rows) {
-  return slices(columns) * (128 + 4 + 8 + rows) * 4;
+// Of a row's values on the grid, and of its partial sums for `tiles` tiles of output.
+int grid_bytes(int columns, int tiles) {
+  return (slices(columns) * (128 + 4 + 8) + 4 + std::min(slices(columns), kWarps) * tiles * 64) * 4;
 }
 
 int latent_shared_bytes(int heads, int latent, int rope) {
@@ -50,7 +50,7 @@ struct Taker {
   std::string operator()(const GroupedProjection& s) const {
     return all({matrix(s.q, "q"), matrix(s.k, "k"), matrix(s.v, "v"),
                 when(s.q.rows % 16 || s.k.rows % 16, "rows that are no multiple of 16"),
-                shared(kTensorRows * grid_bytes(s.q.cols, 48))});
+                shared(kTensorRows * grid_bytes(s.q.cols, 3))});
   }
   std::string operator()(const GroupedAttention& s) const {
     return all({when(s.head_dim % 32 || s.head_dim > 128, "head_dim that is no 32, 64, 96 or 128"),
@@ -59,12 +59,12 @@ struct Taker {
   std::string operator()(const LatentProjection& s) const {
     return all({matrix(s.q_a, "q_a"), matrix(s.kv_a, "kv_a"),
                 when(s.q_a.rows % 16, "rows that are no multiple of 16"),
-                shared(kTensorRows * grid_bytes(s.q_a.cols, 48))});
+                shared(kTensorRows * grid_bytes(s.q_a.cols, 3))});
   }
   std::string operator()(const LatentQuery& s) const {
     return all({matrix(s.q_b, "q_b"), matrix(s.embed_q, "embed_q"),
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
-                when(s.rope_dim % 16, "rope dimensions that are no multiple of 16"),
+                when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
                 when(latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim) > kDynamicShared,
                      "more heads than shared memory holds")});
@@ -74,7 +74,7 @@ struct Taker {
   }
   std::string operator()(const LatentOutput& s) const { return matrix(s.unembed, "unembed_out"); }
   std::string operator()(const OutputProjection& s) const {
-    return all({matrix(s.o, "o"), shared(grid_bytes(s.o.cols, 16))});
+    return all({matrix(s.o, "o"), shared(grid_bytes(s.o.cols, 1))});
   }
   std::string operator()(const Router& s) const {
     const int width = static_cast<int>(s.norm.weight.size());
@@ -87,18 +87,18 @@ struct Taker {
     return all({matrix(s.gate, "gate"), matrix(s.up, "up"),
                 s.shared_gate ? matrix(*s.shared_gate, "shared gate") : "",
                 s.shared_up ? matrix(*s.shared_up, "shared up") : "",
-                shared(grid_bytes(s.gate.cols, 96))});
+                shared(grid_bytes(s.gate.cols, 8))});
   }
   std::string operator()(const ExpertsDown& s) const {
     return all({matrix(s.down, "down"), s.shared_down ? matrix(*s.shared_down, "shared down") : "",
-                shared(17 * grid_bytes(s.down.cols, 16) * (s.down.cols > 1024 ? 0 : 1))});
+                shared(17 * grid_bytes(s.down.cols, 1) * (s.down.cols > 1024 ? 0 : 1))});
   }
   std::string operator()(const DenseGateUp& s) const {
     return all({matrix(s.gate, "gate"), matrix(s.up, "up"),
-                shared(kTensorRows * grid_bytes(s.gate.cols, 32))});
+                shared(kTensorRows * grid_bytes(s.gate.cols, 2))});
   }
   std::string operator()(const DenseDown& s) const {
-    return all({matrix(s.down, "down"), shared(grid_bytes(s.down.cols, 16))});
+    return all({matrix(s.down, "down"), shared(grid_bytes(s.down.cols, 1))});
   }
   std::string operator()(const Head& s) const {
     return all({matrix(s.lm_head, "lm_head"), shared(kTensorRows * grid_bytes(s.lm_head.cols, 0))});
@@ -129,6 +129,8 @@ TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copie
   constexpr int kRegisters = 65536 / kThreads;
   std::array<int, 4> best = {1 << 30};
   for (int tiles = 1; tiles <= 4; ++tiles) {
+    if (tiles > 1 && piece_count > kWarps && piece_count % kWarps) break;  // sums would not fit
+    if (rows > 1 && tiles > 3) break;
     const int grid = metal::blocks(tile_count, tiles) * copies;
     const int pieces = metal::blocks(tiles * piece_count, kWarps);
     const int registers = 40 + 20 * pieces;  // 20 hold a piece
@@ -155,7 +157,7 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
 
 mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
   int together = rows;  // as many rows as shared memory holds
-  while (rows % together || together * grid_bytes(m.cols, 16) > kStaticShared) --together;
+  while (rows % together || together * grid_bytes(m.cols, 1) > kStaticShared) --together;
   return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
                 {dtype, together, m.cols, m.rows}, {rows, m.rows},
                 {metal::blocks(m.rows, 16), rows / together, 1}, kThreads);

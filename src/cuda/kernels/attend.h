@@ -40,18 +40,31 @@ struct Positions {
   Words<4> words[2][D / 32];
 };
 
-// Positions [at, end) of p, D apart; past the end the last one is repeated, masked later.
+// Positions [at, end) of p, D apart; past the end the last one is repeated, or position 0 of an
+// empty cache: what is there does not count.
 template <int D, typename T>
 FUNC Positions<D> load_positions(const T* p, uint at, uint end, uint lane) {
   Positions<D> k;
   UNROLL for (int h = 0; h < 2; ++h) {
     uint i = at + lane / 4u + 8u * uint(h);
-    i = i < end ? i : end - 1u;
+    i = i < end ? i : (end > 0u ? end - 1u : 0u);
     UNROLL for (int j = 0; j < D / 32; ++j) {
       k.words[h][j] = load_eight(p + (size_t(i) * D + 32u * uint(j) + lane % 4u * 8u));
     }
   }
   return k;
+}
+
+// Position `which` of these 16 becomes the D values at p.
+template <int D, typename T>
+FUNC void put_position(Positions<D>& positions, const T* p, uint which, uint lane) {
+  UNROLL for (int h = 0; h < 2; ++h) {
+    if (lane / 4u + 8u * uint(h) == which) {
+      UNROLL for (int j = 0; j < D / 32; ++j) {
+        positions.words[h][j] = load_eight(p + (32u * uint(j) + lane % 4u * 8u));
+      }
+    }
+  }
 }
 
 // What a warp knows so far: of heads 2 t and 2 t + 1 the largest score and the sum (each lane's own
@@ -81,14 +94,15 @@ template <int D, typename T>
 FUNC void attend_positions(WarpAttention<D>& a, const Positions<D>& keys,
                            const Positions<D>& values, const Words<4>* queries, float scale,
                            uint valid, uint lane) {
-  Floats<4> s = zeros<4>();
+  Floats<4> chains[2] = {zeros<4>(), zeros<4>()}, s;
   UNROLL for (int j = 0; j < D / 32; ++j) {
     UNROLL for (int h = 0; h < 4; h += 2) {
-      s = multiply_halves<T>(s, keys.words[0][j].w[h], keys.words[1][j].w[h],
+      chains[h / 2] = multiply_halves<T>(chains[h / 2], keys.words[0][j].w[h], keys.words[1][j].w[h],
                              keys.words[0][j].w[h + 1], keys.words[1][j].w[h + 1], queries[j].w[h],
                              queries[j].w[h + 1]);
     }
   }
+  UNROLL for (int i = 0; i < 4; ++i) s.v[i] = chains[0].v[i] + chains[1].v[i];
   float p[4], keep[2];
   UNROLL for (int i = 0; i < 2; ++i) {
     float first = lane / 4u < valid ? s.v[i] * scale : -as_float(0x7f800000u);

@@ -81,26 +81,29 @@ FUNC void store_on_grid(Floats<8> v, uint k, P planes, F steps, F sums, uint lan
   if (lane % 4u == 0u) sums[k / 32u] = float(int(sum));
 }
 
+// Words of a row's planes: behind them four zeros.
+FUNC constexpr int plane_words(int columns) {
+  return slices(columns) * 128 + 4;
+}
+
 // A lane's part of a row's slice as the tensor cores' second operand: column 2 t takes the high
-// bytes of lane t's columns, column 2 t + 1 the low ones, so that no two lanes' sums mix.
+// bytes of lane t's columns, column 2 t + 1 the low ones, so that no two lanes' sums mix. The other
+// lanes' columns are zeros.
 struct Planes {
   Words<4> words[2][2];
   float steps[2], sums[2];
 };
 
-template <typename P, typename F>
+template <int COLS, typename P, typename F>
 FUNC Planes load_planes(P planes, F steps, F sums, uint slice, uint lane) {
   Planes p;
   uint t = lane % 4u;
+  bool own = lane / 8u == t;
   UNROLL for (int j = 0; j < 2; ++j) {
     uint group = slice * 4u + t / 2u * 2u + uint(j), chunk = group * 2u + t % 2u;
-    UNROLL for (int half = 0; half < 2; ++half) {
-      Words<4> zero = {{0u, 0u, 0u, 0u}};
-      p.words[j][half] = zero;
-      if (lane / 8u == t) {
-        p.words[j][half] = load_shared(planes, chunk * 16u + lane / 4u % 2u * 8u + uint(half) * 4u);
-      }
-    }
+    uint at = own ? chunk * 16u + lane / 4u % 2u * 8u : uint(slices(COLS)) * 128u;
+    p.words[j][0] = load_shared(planes, at);
+    p.words[j][1] = load_shared(planes, at + (own ? 4u : 0u));
     p.steps[j] = steps[group];
     p.sums[j] = sums[chunk];
   }
@@ -138,22 +141,24 @@ FUNC Floats<2> row_sums(Floats<2> y) {
   return y;
 }
 
-// Lane 4 g stores rows g and g + 8 of 16.
+// Sums of four lanes each wait in shared memory, a row's beside each other.
 template <typename P>
-FUNC void store_tile(Floats<2> y, P parts, uint at, uint lane) {
-  y = row_sums(y);
-  if (lane % 4u == 0u) {
-    parts[at + lane / 4u] = y.v[0];
-    parts[at + lane / 4u + 8u] = y.v[1];
-  }
+FUNC void store_tile(Floats<2> y, P parts, uint row, uint lane) {
+  parts[row * 4u + lane] = y.v[0];
+  parts[row * 4u + 32u + lane] = y.v[1];
 }
 
-// What a warp of WARPS takes of TILES tiles: every WARPS-th of TILES * slices(COLS) pieces.
+// What a warp of WARPS takes of TILES tiles: every WARPS-th of TILES * slices(COLS) pieces. Where
+// all of a tile's slices fall to the same warps, each warp adds its own up: then `parts` holds one
+// sum for each warp, else one for each slice.
 template <typename T, int COLS, int TILES, int WARPS>
 struct Share {
   static constexpr int SLICES = slices(COLS), PIECES = TILES * SLICES;
   static constexpr int COUNT = (PIECES + WARPS - 1) / WARPS;
   static constexpr bool EVEN = PIECES % WARPS == 0;
+  static constexpr bool OWN = TILES == 1 || SLICES % WARPS == 0;
+  static constexpr int PARTS = SLICES < WARPS ? SLICES : (OWN ? WARPS : SLICES);
+  static constexpr int FLOATS = PARTS * TILES * 64;  // of parts, one row of x
   Tile<T> tiles[COUNT];
 };
 
@@ -165,87 +170,99 @@ FUNC Share<T, COLS, TILES, WARPS> load_share(Affine<W, S> m, uint row, uint last
   UNROLL for (int i = 0; i < Of::COUNT; ++i) {
     uint piece = warp + uint(i) * WARPS;
     if (!Of::EVEN) piece = piece < uint(Of::PIECES) ? piece : uint(Of::PIECES - 1);
-    share.tiles[i] =
-        load_tile<COLS, T>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES, lane);
+    share.tiles[i] = load_tile<COLS, T>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES,
+                                        lane);
   }
   return share;
 }
 
-// parts: [SLICES][TILES * 16], one row of x.
+// parts: [PARTS][TILES * 16][4], one row of x.
 template <typename T, int COLS, int TILES, int WARPS, typename P, typename F>
 FUNC void dot_share(const Share<T, COLS, TILES, WARPS>& share, P planes, F steps, F sums, F parts,
                     uint warp, uint lane) {
   using Of = Share<T, COLS, TILES, WARPS>;
-  UNROLL for (int i = 0; i < Of::COUNT; ++i) {
+  constexpr int RUN = Of::OWN ? (Of::COUNT + TILES - 1) / TILES : 1;  // pieces added up
+  UNROLL for (int i = 0; i < Of::COUNT; i += RUN) {
     uint piece = warp + uint(i) * WARPS;
     if (Of::EVEN || piece < uint(Of::PIECES)) {
-      uint slice = piece % Of::SLICES;
-      Planes x = load_planes(planes, steps, sums, slice, lane);
-      store_tile(tile_dot<T>(share.tiles[i], x), parts,
-                 slice * (TILES * 16) + piece / Of::SLICES * 16u, lane);
+      uint part = Of::OWN ? warp : piece % Of::SLICES, tile = piece / Of::SLICES;
+      Floats<2> y = zeros<2>();
+      UNROLL for (int j = i; j < i + RUN && j < Of::COUNT; ++j) {
+        uint slice = (warp + uint(j) * WARPS) % Of::SLICES;
+        if (Of::EVEN || warp + uint(j) * WARPS < uint(Of::PIECES)) {
+          Planes x = load_planes<COLS>(planes, steps, sums, slice, lane);
+          Floats<2> one = tile_dot<T>(share.tiles[j], x);
+          UNROLL for (int h = 0; h < 2; ++h) y.v[h] = add_rn(y.v[h], one.v[h]);
+        }
+      }
+      store_tile(y, parts, (part * TILES + tile) * 16u, lane);
     }
   }
 }
 
-// Sum over the slices, in their order.
-template <int SLICES, int ROWS, typename P>
+// The product of a row, by the four lanes that hold its sums: lane 4 i + t of thread 4 row + t.
+template <int PARTS, int ROWS, typename P>
+FUNC float whole_row(P parts, uint thread_at) {
+  float sum = parts[thread_at];
+  UNROLL for (int s = 1; s < PARTS; ++s) sum = add_rn(sum, parts[uint(s) * (ROWS * 4) + thread_at]);
+  sum = add_rn(sum, shuffle_xor(sum, 1u));
+  return add_rn(sum, shuffle_xor(sum, 2u));
+}
+
+// Sum over PARTS arrays of ROWS each, in their order.
+template <int PARTS, int ROWS, typename P>
 FUNC float sum_slices(P parts, uint row) {
   float sum = parts[row];
-  UNROLL for (int s = 1; s < SLICES; ++s) sum = add_rn(sum, parts[uint(s) * ROWS + row]);
+  UNROLL for (int s = 1; s < PARTS; ++s) sum = add_rn(sum, parts[uint(s) * ROWS + row]);
   return sum;
 }
 
-// x * gain to the grid, by THREADS threads; each warp leaves its sum of squares of x in
-// squares[warp]: the norm's scale comes after the product. Columns past COLS are zeros. A barrier
-// has to follow.
-template <int COLS, int THREADS, typename X, typename P, typename F>
-FUNC void normed_row_on_grid(X x, const Floats<8>* gains, P planes, F steps, F sums, F squares,
-                             uint thread_at) {
-  float square = 0.0f;
-  UNROLL for (int i = 0; i * THREADS * 8 < slices(COLS) * 256; ++i) {
-    uint k = (thread_at + uint(i) * THREADS) * 8u;
-    if (k < uint(slices(COLS)) * 256u) {
-      Floats<8> v = zeros<8>();
-      if (COLS % 256 == 0 || k < uint(COLS)) v = load_fresh(x, k);
-      UNROLL for (int j = 0; j < 8; ++j) {
-        square = fma_rn(v.v[j], v.v[j], square);
-        v.v[j] = mul_rn(v.v[j], gains[i].v[j]);
-      }
-      store_on_grid(v, k, planes, steps, sums, thread_at % 32u);
-    }
-  }
-  square = lane_sum(square);
-  if (thread_at % 32u == 0u) squares[thread_at / 32u] = square;
-}
-
-template <int COLS, int THREADS, typename X, typename P, typename F>
-FUNC void row_on_grid(X x, P planes, F steps, F sums, uint thread_at) {
-  UNROLL for (int i = 0; i * THREADS * 8 < slices(COLS) * 256; ++i) {
-    uint k = (thread_at + uint(i) * THREADS) * 8u;
-    if (k < uint(slices(COLS)) * 256u) {
-      Floats<8> v = zeros<8>();
-      if (COLS % 256 == 0 || k < uint(COLS)) v = load_fresh(x, k);
-      store_on_grid(v, k, planes, steps, sums, thread_at % 32u);
-    }
-  }
-}
-
-// The weight of a norm for normed_row_on_grid, before the inputs are there.
+// A thread's part of a row of COLS values: eight of every THREADS * 8, zeros past the end.
 template <int COLS, int THREADS>
-struct Gains {
+struct RowPart {
   static constexpr int COUNT = (slices(COLS) * 32 + THREADS - 1) / THREADS;
   Floats<8> v[COUNT];
 };
 
-template <int COLS, int THREADS, typename W>
-FUNC Gains<COLS, THREADS> load_gains(W weight, uint thread_at) {
-  Gains<COLS, THREADS> gains;
-  UNROLL for (int i = 0; i < (Gains<COLS, THREADS>::COUNT); ++i) {
+template <int COLS, int THREADS, typename X>
+FUNC RowPart<COLS, THREADS> load_row(X x, uint thread_at) {
+  RowPart<COLS, THREADS> part;
+  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
     uint k = (thread_at + uint(i) * THREADS) * 8u;
-    gains.v[i] = zeros<8>();
-    if (k < uint(COLS)) gains.v[i] = load_fresh(weight, k);
+    part.v[i] = zeros<8>();
+    if (k < uint(COLS)) part.v[i] = load_fresh(x, k);
   }
-  return gains;
+  return part;
+}
+
+// To the grid, by THREADS threads. A barrier has to follow.
+template <int COLS, int THREADS, typename P, typename F>
+FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F sums,
+                      uint thread_at) {
+  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
+    uint k = (thread_at + uint(i) * THREADS) * 8u;
+    if (k < uint(slices(COLS)) * 256u) {
+      store_on_grid(row.v[i], k, planes, steps, sums, thread_at % 32u);
+    }
+  }
+  if (thread_at < 4u) planes[uint(slices(COLS)) * 128u + thread_at] = 0u;
+}
+
+// The same of row * gains; each warp leaves its sum of squares of the row in squares[warp]: the
+// norm's scale comes after the product.
+template <int COLS, int THREADS, typename P, typename F>
+FUNC void normed_row_on_grid(RowPart<COLS, THREADS> row, const RowPart<COLS, THREADS>& gains,
+                             P planes, F steps, F sums, F squares, uint thread_at) {
+  float square = 0.0f;
+  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
+    UNROLL for (int j = 0; j < 8; ++j) {
+      square = fma_rn(row.v[i].v[j], row.v[i].v[j], square);
+      row.v[i].v[j] = mul_rn(row.v[i].v[j], gains.v[i].v[j]);
+    }
+  }
+  row_on_grid<COLS, THREADS>(row, planes, steps, sums, thread_at);
+  square = lane_sum(square);
+  if (thread_at % 32u == 0u) squares[thread_at / 32u] = square;
 }
 
 template <int WARPS, typename F>

@@ -2,31 +2,49 @@
 // own cache alone, so that its bits do not depend on its neighbours.
 #pragma once
 
-constexpr int kGroupedStretch = 2048, kLatentStretch = 32;
+constexpr int kGroupedStretch = 1024, kLatentStretch = 32;
 
-// At most MOST, a power of two: one for every TOKENS tokens.
+// At most MOST, a power of two: one for every TOKENS tokens, the newest among them.
 template <int MOST, int TOKENS>
 FUNC uint stretches(uint cached) {
   uint active = 1u;
-  while (active < uint(MOST) && cached > active * TOKENS) active *= 2u;
+  while (active < uint(MOST) && cached >= active * TOKENS) active *= 2u;
   return active;
 }
 
-// Values [at, at + 8) of a head from its `active` stretches. partial: [MOST][D], each divided by
-// its own sum; stats: [MOST] of (largest score as an exponent of two, sum).
+// Values [at, at + 8) of a head from its `active` stretches. partial: [MOST][D], each divided by its
+// own sum; stats: [MOST] of (largest score as an exponent of two, sum). All are asked for at once.
 template <int MOST, int D, typename P>
 FUNC Floats<8> merged_stretches(P partial, P stats, uint at, uint active) {
   Floats<8> v = load_fresh(partial, at);
   if (active == 1u) return v;
-  float top = stats[0], total = 0.0f;
-  for (uint s = 1; s < active; ++s) top = stats[2 * s] > top ? stats[2 * s] : top;
+  Floats<8> part[MOST];
+  float tops[MOST], weights[MOST], top = stats[0], total = 0.0f;
+  UNROLL for (int s = 0; s < MOST; ++s) {
+    bool in = uint(s) < active;
+    part[s] = zeros<8>();
+    if (in) part[s] = load_fresh(partial + s * D, at);
+    tops[s] = in ? stats[2 * s] : -as_float(0x7f800000u);
+    weights[s] = in ? stats[2 * s + 1] : 0.0f;
+  }
+  UNROLL for (int s = 1; s < MOST; ++s) top = tops[s] > top ? tops[s] : top;
   v = zeros<8>();
-  for (uint s = 0; s < active; ++s) {
-    float weight = mul_rn(stats[2 * s + 1], exp2_fast(add_rn(stats[2 * s], -top)));
-    Floats<8> part = load_fresh(partial + s * D, at);
+  UNROLL for (int s = 0; s < MOST; ++s) {
+    float weight = mul_rn(weights[s], exp2_fast(add_rn(tops[s], -top)));
     total = add_rn(total, weight);
-    UNROLL for (int i = 0; i < 8; ++i) v.v[i] = fma_rn(part.v[i], weight, v.v[i]);
+    UNROLL for (int i = 0; i < 8; ++i) v.v[i] = fma_rn(part[s].v[i], weight, v.v[i]);
   }
   UNROLL for (int i = 0; i < 8; ++i) v.v[i] = div_fast(v.v[i], total);
   return v;
+}
+
+// Lane s: the share of stretch s of 32 or fewer.
+template <typename P>
+FUNC float stretch_weight(P stats, uint active, uint lane) {
+  bool in = lane < active;
+  float top = in ? stats[2u * lane] : -as_float(0x7f800000u);
+  float sum = in ? stats[2u * lane + 1u] : 0.0f;
+  float highest = lane_max(top);
+  float weight = in ? mul_rn(sum, exp2_fast(add_rn(top, -highest))) : 0.0f;
+  return div_fast(weight, lane_sum(weight));
 }

@@ -173,16 +173,20 @@ FUNC uint transpose_tile(uint v) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
   return r;
 }
-// Four such tiles from shared memory, transposed; lane 8 i + r names row r of tile i.
-template <typename T>
-FUNC Words<4> load_turned(const T* p) {
-  Words<4> w;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])
-               : "r"(uint(__cvta_generic_to_shared(p)))
-               : "memory");
-  return w;
-}
+// Four such tiles from shared memory, as they are or transposed; lane 8 i + r names row r of tile i.
+#define LOAD_TILES(name, how)                                                                \
+  template <typename T>                                                                      \
+  FUNC Words<4> name(const T* p) {                                                           \
+    Words<4> w;                                                                              \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];"   \
+                 : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])                    \
+                 : "r"(uint(__cvta_generic_to_shared(p)))                                    \
+                 : "memory");                                                                \
+    return w;                                                                                \
+  }
+LOAD_TILES(load_tiles, "")
+LOAD_TILES(load_turned, ".trans")
+#undef LOAD_TILES
 
 FUNC void cluster_arrive() {
 #if MOEFUSE_HOPPER
