@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = 8, kCluster = 8;
 constexpr int kGroupedSplits = 4, kLatentSplits = 32;
+constexpr int kDepth = 4;   // pieces of a warp on their way, of weights that wait for the router
 constexpr int kBatch = 32;  // positions in shared memory at a time, for latent attention
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 224 * 1024;
 
@@ -152,7 +153,8 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
   const int nk = b ? b->rows : 0, nv = c ? c->rows : 0, n = a.rows + nk + nv;
   const auto [tiles, resident] = tiling(metal::blocks(n, 16), slices(a.cols));
   return output("grid_project", inputs, {dtype, rows, tiles, a.cols, x.shape(-1), a.rows, nk, nv},
-                {rows, n}, {metal::blocks(n, 16 * tiles), 1, 1}, kThreads, rows > 1 ? 1 : resident);
+                {rows, n}, {metal::blocks(n, 16 * tiles), 1, 1}, kThreads,
+                std::max(resident, beside()));
 }
 
 mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
@@ -160,7 +162,7 @@ mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
   while (rows % together || together * grid_bytes(m.cols, 1) > kStaticShared) --together;
   return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
                 {dtype, together, m.cols, m.rows}, {rows, m.rows},
-                {metal::blocks(m.rows, 16), rows / together, 1}, kThreads);
+                {metal::blocks(m.rows, 16), rows / together, 1}, kThreads, beside());
 }
 
 void TensorWalk::run(const GroupedProjection& s) {
@@ -169,13 +171,13 @@ void TensorWalk::run(const GroupedProjection& s) {
 
 void TensorWalk::run(const GroupedAttention& s) {
   const LayerCache& cache = caches[layer];
-  auto out =
-      outputs("cluster_attention_gqa",
-              {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
-               constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, s.heads, s.kv_heads, s.head_dim, kGroupedSplits},
-              {{rows, s.heads, kGroupedSplits, s.head_dim}, {rows, s.heads, kGroupedSplits, 2}},
-              {mx::float32, mx::float32}, {kCluster * kGroupedSplits, s.kv_heads, rows}, kThreads);
+  auto out = outputs(
+      "cluster_attention_gqa",
+      {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps), constant(s.scale),
+       angles, places, cache.keys, cache.values},
+      {dtype, s.heads, s.kv_heads, s.head_dim, kGroupedSplits},
+      {{rows, s.heads, kGroupedSplits, s.head_dim}, {rows, s.heads, kGroupedSplits, 2}},
+      {mx::float32, mx::float32}, {kCluster * kGroupedSplits, s.kv_heads, rows}, kThreads, 0, 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;
@@ -208,7 +210,7 @@ void TensorWalk::run(const LatentAttention& s) {
                stride - s.latent_dim - s.rope_dim},
               {{rows, s.heads, kLatentSplits, s.latent_dim}, {rows, s.heads, kLatentSplits, 2}},
               {mx::float32, mx::float32}, {kLatentSplits, rows, 1}, kThreads,
-              latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim));
+              latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim), 2);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;
@@ -230,7 +232,7 @@ void TensorWalk::run(const OutputProjection& s) {
   hidden = output("grid_attention_out",
                   {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
                   {dtype, rows, grouped->heads, grouped->head_dim, kGroupedSplits, s.o.rows},
-                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, kThreads);
+                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, kThreads, beside());
 }
 
 void TensorWalk::run(const Router& s) {
@@ -268,11 +270,11 @@ void TensorWalk::run(const ExpertsGateUp& s) {
     append(inputs, *m);
   const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
   const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots);
-  inner =
-      output("grid_gate_up", inputs,
-             {dtype, tiles, r.experts, r.top_k, s.gate.cols, s.gate.rows, r.options.norm_topk_prob,
-              r.options.scoring == Scoring::softmax, shared},
-             {rows, slots, s.gate.rows}, {metal::blocks(tile_count, tiles), slots, rows}, kThreads);
+  inner = output("grid_gate_up", inputs,
+                 {dtype, tiles, kDepth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
+                  r.options.norm_topk_prob, r.options.scoring == Scoring::softmax, shared},
+                 {rows, slots, s.gate.rows}, {metal::blocks(tile_count, tiles), slots, rows},
+                 kThreads, std::max(resident, 2));
 }
 
 void TensorWalk::run(const ExpertsDown& s) {
@@ -288,12 +290,12 @@ void TensorWalk::run(const ExpertsDown& s) {
   const int warps = std::clamp(metal::blocks(slices(s.down.cols), 3), 1, 32 / slots);
   const mx::Dtype weight_dtype =
       s.shared_down || r.options.scoring == Scoring::sigmoid ? mx::float32 : dtype;
-  hidden =
-      output("grid_down", inputs,
-             {dtype, warps, r.experts, r.top_k, s.down.cols, s.down.rows,
-              metal::combine_steps(accumulate, dtype, weight_dtype), r.options.norm_topk_prob,
-              r.options.scoring == Scoring::softmax, shared},
-             {rows, s.down.rows}, {metal::blocks(s.down.rows, 16), rows, 1}, 32 * slots * warps);
+  hidden = output("grid_down", inputs,
+                  {dtype, warps, r.experts, r.top_k, s.down.cols, s.down.rows,
+                   metal::combine_steps(accumulate, dtype, weight_dtype), r.options.norm_topk_prob,
+                   r.options.scoring == Scoring::softmax, shared},
+                  {rows, s.down.rows}, {metal::blocks(s.down.rows, 16), rows, 1},
+                  32 * slots * warps, 32 * slots * warps > kThreads ? 1 : 2);
 }
 
 void TensorWalk::run(const DenseGateUp& s) {

@@ -44,6 +44,9 @@ class TensorWalk : public metal::Walk {
     int tiles = 1, resident = 1;
   };
   Tiling tiling(int tile_count, int slices, int copies = 1) const;
+  // Blocks for which a multiprocessor has to have registers: two, so that the next kernel's come
+  // beside this one's, where not several rows need them all.
+  int beside() const { return rows == 1 ? 2 : 1; }
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
                     const Matrix* c);
   mx::array add_to_residual(const mx::array& x, const Matrix& m);

@@ -29,13 +29,13 @@ struct Head : Common {
   static constexpr int N = 2048;
 };
 struct Qwen : Common {
-  static constexpr int NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
+  static constexpr int DEPTH = 4, NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
 };
 struct QwenOut : Common {
   static constexpr int HEADS = 4, D = 64, SPLITS = 4;
 };
 struct Glm : Common {
-  static constexpr int NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
+  static constexpr int DEPTH = 4, NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
   static constexpr bool SOFTMAX = false, SHARED = true;
 };
 struct GlmQuery : Common {

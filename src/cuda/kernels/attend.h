@@ -89,20 +89,26 @@ FUNC WarpAttention<D> nothing_seen() {
   return a;
 }
 
-// queries: lane 4 g + t holds head g's dimensions as Positions do. scale carries log2 e.
+// Scores of 16 positions for heads 2 t and 2 t + 1, positions g and then g + 8. queries: lane
+// 4 g + t holds head g's dimensions as Positions do.
 template <int D, typename T>
-FUNC void attend_positions(WarpAttention<D>& a, const Positions<D>& keys,
-                           const Positions<D>& values, const Words<4>* queries, float scale,
-                           uint valid, uint lane) {
-  Floats<4> chains[2] = {zeros<4>(), zeros<4>()}, s;
+FUNC Floats<4> position_scores(const Positions<D>& keys, const Words<4>* queries) {
+  Floats<4> chains[2] = {zeros<4>(), zeros<4>()};
   UNROLL for (int j = 0; j < D / 32; ++j) {
     UNROLL for (int h = 0; h < 4; h += 2) {
-      chains[h / 2] = multiply_halves<T>(chains[h / 2], keys.words[0][j].w[h], keys.words[1][j].w[h],
-                             keys.words[0][j].w[h + 1], keys.words[1][j].w[h + 1], queries[j].w[h],
-                             queries[j].w[h + 1]);
+      chains[h / 2] = multiply_halves<T>(
+          chains[h / 2], keys.words[0][j].w[h], keys.words[1][j].w[h], keys.words[0][j].w[h + 1],
+          keys.words[1][j].w[h + 1], queries[j].w[h], queries[j].w[h + 1]);
     }
   }
-  UNROLL for (int i = 0; i < 4; ++i) s.v[i] = chains[0].v[i] + chains[1].v[i];
+  UNROLL for (int i = 0; i < 4; ++i) chains[0].v[i] += chains[1].v[i];
+  return chains[0];
+}
+
+// scale carries log2 e; `valid` of the positions count.
+template <int D, typename T>
+FUNC void attend_values(WarpAttention<D>& a, Floats<4> s, const Positions<D>& values, float scale,
+                        uint valid, uint lane) {
   float p[4], keep[2];
   UNROLL for (int i = 0; i < 2; ++i) {
     float first = lane / 4u < valid ? s.v[i] * scale : -as_float(0x7f800000u);

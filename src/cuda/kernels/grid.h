@@ -170,8 +170,8 @@ FUNC Share<T, COLS, TILES, WARPS> load_share(Affine<W, S> m, uint row, uint last
   UNROLL for (int i = 0; i < Of::COUNT; ++i) {
     uint piece = warp + uint(i) * WARPS;
     if (!Of::EVEN) piece = piece < uint(Of::PIECES) ? piece : uint(Of::PIECES - 1);
-    share.tiles[i] = load_tile<COLS, T>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES,
-                                        lane);
+    share.tiles[i] =
+        load_tile<COLS, T>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES, lane);
   }
   return share;
 }

@@ -2,7 +2,7 @@
 // own cache alone, so that its bits do not depend on its neighbours.
 #pragma once
 
-constexpr int kGroupedStretch = 1024, kLatentStretch = 32;
+constexpr int kGroupedStretch = 2048, kLatentStretch = 32;
 
 // At most MOST, a power of two: one for every TOKENS tokens, the newest among them.
 template <int MOST, int TOKENS>
@@ -12,8 +12,9 @@ FUNC uint stretches(uint cached) {
   return active;
 }
 
-// Values [at, at + 8) of a head from its `active` stretches. partial: [MOST][D], each divided by its
-// own sum; stats: [MOST] of (largest score as an exponent of two, sum). All are asked for at once.
+// Values [at, at + 8) of a head from its `active` stretches. partial: [MOST][D], each divided by
+// its own sum; stats: [MOST] of (largest score as an exponent of two, sum). All are asked for at
+// once.
 template <int MOST, int D, typename P>
 FUNC Floats<8> merged_stretches(P partial, P stats, uint at, uint active) {
   Floats<8> v = load_fresh(partial, at);

@@ -71,6 +71,18 @@ FUNC uint load_two(const T* p) {
   return *reinterpret_cast<const uint*>(p);
 }
 
+// 16 bytes to shared memory, in the background; wait_for_copies() ends when the thread's own have.
+template <typename T>
+FUNC void copy_async(T* to, const T* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint(__cvta_generic_to_shared(to))),
+      "l"(from)
+      : "memory");
+}
+FUNC void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // Eight values that an earlier kernel may have written while this one was waiting: from L2.
 FUNC Words<4> load_coherent(const void* p) {
   Words<4> w;
@@ -173,16 +185,17 @@ FUNC uint transpose_tile(uint v) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
   return r;
 }
-// Four such tiles from shared memory, as they are or transposed; lane 8 i + r names row r of tile i.
-#define LOAD_TILES(name, how)                                                                \
-  template <typename T>                                                                      \
-  FUNC Words<4> name(const T* p) {                                                           \
-    Words<4> w;                                                                              \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];"   \
-                 : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])                    \
-                 : "r"(uint(__cvta_generic_to_shared(p)))                                    \
-                 : "memory");                                                                \
-    return w;                                                                                \
+// Four such tiles from shared memory, as they are or transposed; lane 8 i + r names row r of tile
+// i.
+#define LOAD_TILES(name, how)                                                              \
+  template <typename T>                                                                    \
+  FUNC Words<4> name(const T* p) {                                                         \
+    Words<4> w;                                                                            \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])                  \
+                 : "r"(uint(__cvta_generic_to_shared(p)))                                  \
+                 : "memory");                                                              \
+    return w;                                                                              \
   }
 LOAD_TILES(load_tiles, "")
 LOAD_TILES(load_turned, ".trans")

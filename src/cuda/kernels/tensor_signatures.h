@@ -43,7 +43,8 @@
 
 // bias and scaling: of the sigmoid router only. Without a shared expert gate and up stand in.
 #define GRID_GATE_UP_SIGNATURE \
-  TYPE(T) INT(TILES) INT(E) INT(K) INT(H) INT(I) BOOL(NORM) BOOL(SOFTMAX) BOOL(SHARED) \
+  TYPE(T) INT(TILES) INT(DEPTH) INT(E) INT(K) INT(H) INT(I) BOOL(NORM) BOOL(SOFTMAX) \
+  BOOL(SHARED) \
   IN(T, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 16) \
   IN(float, logits, rows * E) IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) \
   GRID_IN(gate_, E, I, H) GRID_IN(up_, E, I, H) \
