@@ -33,6 +33,7 @@ constexpr int kThreadLocalCapture = 1;
 constexpr unsigned kNonBlocking = 1;
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76, kMultiprocessors = 16;
 constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kLargeClusters = 14;    // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 void* library(std::initializer_list<const char*> names) {
   for (const char* name : names)
@@ -148,6 +149,10 @@ int multiprocessors() {
 
 void allow_shared(Function f, unsigned bytes, const std::string& name) {
   check(driver().set_function(f, kMaxDynamicShared, static_cast<int>(bytes)), name);
+}
+
+void allow_clusters(Function f, const std::string& name) {
+  check(driver().set_function(f, kLargeClusters, 1), name);
 }
 
 std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names) {

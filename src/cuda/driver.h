@@ -29,6 +29,8 @@ int capability();
 int multiprocessors();
 // Lets `f` have as much dynamic shared memory.
 void allow_shared(Function f, unsigned bytes, const std::string& name);
+// Lets `f` have clusters of more than eight blocks.
+void allow_clusters(Function f, const std::string& name);
 // The kernels `names` (extern "C") of one source, compiled for this device by NVRTC.
 std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names);
 // overlap: the kernel may start before the one in front of it ends; it waits for that itself.

@@ -238,6 +238,8 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
   for (const mx::array& a : borrowed) not_ours.insert(a.id());
   for (Node& node : nodes_) {
     node.function = functions().at(key_of(node.call));
+    if (!node.call.kernel->cuda_attributes.empty())
+      allow_clusters(node.function, node.call.kernel->name);
     if (node.call.shared_bytes > 0)
       allow_shared(node.function, node.call.shared_bytes, node.call.kernel->name);
     for (const auto* arrays : {&node.call.inputs, &node.outputs})

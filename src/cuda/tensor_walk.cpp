@@ -9,8 +9,8 @@ namespace moefuse::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = 8, kCluster = 8;
-constexpr int kGroupedSplits = 4, kLatentSplits = 32;
+constexpr int kThreads = 256, kWarps = 8, kCluster = 16;
+constexpr int kGroupedSplits = 4, kLatentSplits = 64;
 constexpr int kDepth = 4;   // pieces of a warp on their way, of weights that wait for the router
 constexpr int kBatch = 32;  // positions in shared memory at a time, for latent attention
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 224 * 1024;

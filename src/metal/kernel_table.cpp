@@ -67,7 +67,7 @@ std::vector<KernelText> build_table() {
     k.name = "moefuse_" #stem;                                                                  \
     k.cuda_body = text::stem##_body;                                                            \
     k.waits = true;                                                                             \
-    if (k.name.starts_with("moefuse_cluster")) k.cuda_attributes = "__cluster_dims__(8, 1, 1)"; \
+    if (k.name.starts_with("moefuse_cluster")) k.cuda_attributes = "__cluster_dims__(16, 1, 1)"; \
     signature table.push_back(k);                                                               \
   }
   MOEFUSE_GRID_KERNELS(CUDA_KERNEL)

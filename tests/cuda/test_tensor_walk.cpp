@@ -45,7 +45,7 @@ struct GlmHeads : Common {
   static constexpr int HEADS = 4, X_HEAD = 96, PART = 64, N = 128;
 };
 struct GlmUnembed : Common {
-  static constexpr int HEADS = 4, LORA = 128, V = 64, SPLITS = 32;
+  static constexpr int HEADS = 4, LORA = 128, V = 64, SPLITS = 64;
 };
 struct GlmOut : Common {
   static constexpr int COLS = 256;

@@ -2,15 +2,26 @@
 // same choice in the same order, and the same weights, bit for bit.
 #pragma once
 
+// A row's logits, or a router's biases, spread over the lanes: element i in lane i % 32.
+template <int E, typename L>
+FUNC Spread<E> load_spread(L values, uint lane) {
+  Spread<E> spread;
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) {
+    uint i = lane + 32u * uint(p);
+    spread.v[p] = i < uint(E) ? values[i] : 0.0f;
+  }
+  return spread;
+}
+
 // Scores of T are not negative and their low 13 bits as fp32 are zero: the place goes there, so
 // that one maximum gives the score and, of equal ones, the highest index.
-template <typename T, int E, int K, bool NORM, typename L>
-FUNC Choice<K> select_softmax(L logits, uint lane) {
+template <typename T, int E, int K, bool NORM>
+FUNC Choice<K> select_softmax(const Spread<E>& logits, uint lane) {
   constexpr int PLACES = (E + 31) / 32;
   float e[PLACES], top = -as_float(0x7f800000u), sum = 0.0f;
   UNROLL for (int p = 0; p < PLACES; ++p) {
     uint i = lane + 32u * uint(p);
-    e[p] = i < uint(E) ? logits[i] : -as_float(0x7f800000u);
+    e[p] = i < uint(E) ? logits.v[p] : -as_float(0x7f800000u);
     top = e[p] > top ? e[p] : top;
   }
   top = lane_max(top);
@@ -44,15 +55,16 @@ FUNC Choice<K> select_softmax(L logits, uint lane) {
 }
 
 // Chosen by the biased score, of equal ones the lowest index; weighted by the plain one.
-template <int E, int K, bool NORM, typename L, typename B>
-FUNC Choice<K> select_sigmoid(L logits, B bias, float scaling, uint lane) {
+template <int E, int K, bool NORM>
+FUNC Choice<K> select_sigmoid(const Spread<E>& logits, const Spread<E>& bias, float scaling,
+                              uint lane) {
   constexpr int PLACES = (E + 31) / 32;
   float plain[PLACES];
   uint keys[PLACES], ranks[PLACES];
   UNROLL for (int p = 0; p < PLACES; ++p) {
     uint i = lane + 32u * uint(p);
-    plain[p] = i < uint(E) ? sigmoid<float>(logits[i]) : 0.0f;
-    keys[p] = i < uint(E) ? order_key<false>(add_rn(plain[p], bias[i])) : 0u;
+    plain[p] = i < uint(E) ? sigmoid<float>(logits.v[p]) : 0.0f;
+    keys[p] = i < uint(E) ? order_key<false>(add_rn(plain[p], bias.v[p])) : 0u;
     ranks[p] = i < uint(E) ? uint(E) - i : 0u;
   }
   Choice<K> chosen;
@@ -83,10 +95,11 @@ FUNC Choice<K> select_sigmoid(L logits, B bias, float scaling, uint lane) {
   return chosen;
 }
 
-template <typename T, int E, int K, bool NORM, bool SOFTMAX, typename L, typename B>
-FUNC Choice<K> select_experts(L logits, B bias, B scaling, uint lane) {
+template <typename T, int E, int K, bool NORM, bool SOFTMAX>
+FUNC Choice<K> select_experts(const Spread<E>& logits, const Spread<E>& bias, float scaling,
+                              uint lane) {
   if (SOFTMAX) return select_softmax<T, E, K, NORM>(logits, lane);
-  return select_sigmoid<E, K, NORM>(logits, bias, scaling[0], lane);
+  return select_sigmoid<E, K, NORM>(logits, bias, scaling, lane);
 }
 
 // Element i of K that every lane holds.

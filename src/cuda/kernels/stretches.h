@@ -39,13 +39,21 @@ FUNC Floats<8> merged_stretches(P partial, P stats, uint at, uint active) {
   return v;
 }
 
-// Lane s: the share of stretch s of 32 or fewer.
+// Lane l: the shares of stretches l and l + 32 of 64 or fewer.
 template <typename P>
-FUNC float stretch_weight(P stats, uint active, uint lane) {
-  bool in = lane < active;
-  float top = in ? stats[2u * lane] : -as_float(0x7f800000u);
-  float sum = in ? stats[2u * lane + 1u] : 0.0f;
-  float highest = lane_max(top);
-  float weight = in ? mul_rn(sum, exp2_fast(add_rn(top, -highest))) : 0.0f;
-  return div_fast(weight, lane_sum(weight));
+FUNC Floats<2> stretch_weights(P stats, uint active, uint lane) {
+  float tops[2], sums[2];
+  UNROLL for (int h = 0; h < 2; ++h) {
+    bool in = lane + 32u * uint(h) < active;
+    tops[h] = in ? stats[2u * lane + 64u * uint(h)] : -as_float(0x7f800000u);
+    sums[h] = in ? stats[2u * lane + 64u * uint(h) + 1u] : 0.0f;
+  }
+  float highest = lane_max(tops[0] > tops[1] ? tops[0] : tops[1]);
+  Floats<2> weights;
+  UNROLL for (int h = 0; h < 2; ++h) {
+    weights.v[h] = sums[h] > 0.0f ? mul_rn(sums[h], exp2_fast(add_rn(tops[h], -highest))) : sums[h];
+  }
+  float total = lane_sum(add_rn(weights.v[0], weights.v[1]));
+  UNROLL for (int h = 0; h < 2; ++h) weights.v[h] = div_fast(weights.v[h], total);
+  return weights;
 }
