@@ -1,5 +1,6 @@
 #include "cuda/cuda_step.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "cuda/tensor_walk.h"
@@ -41,9 +42,11 @@ CudaStep::CudaStep(const Plan& plan, Accumulate accumulate)
 }
 CudaStep::~CudaStep() = default;
 
-// The graph of this many rows, recorded anew where a cache has moved.
-CudaStep::Recorded& CudaStep::recorded(int rows, const std::vector<LayerCache>& caches) {
-  Recorded& r = recorded_[rows];
+// The graph of this many rows and stretches, recorded anew where a cache has moved.
+CudaStep::Recorded& CudaStep::recorded(int rows, int longest,
+                                       const std::vector<LayerCache>& caches) {
+  const int splits = grouped_splits(longest);
+  Recorded& r = recorded_[{rows, splits}];
   auto buffers = buffers_of(caches);
   if (r.replay && r.buffers == buffers) return r;
   if (r.replay) wait();
@@ -53,7 +56,8 @@ CudaStep::Recorded& CudaStep::recorded(int rows, const std::vector<LayerCache>& 
   const auto add = [&](const metal::Call& call) { return r.replay->add(call); };
   const bool tensor = tensor_ && rows <= kTensorRows;
   const mx::array logits =
-      tensor ? TensorWalk(plan_, accumulate_, constants_, inputs, add, multiprocessors()).walk()
+      tensor ? TensorWalk(plan_, accumulate_, constants_, inputs, add, multiprocessors(), splits)
+                   .walk()
              : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
   r.replay->record(logits, arrays_of(caches));
   r.buffers = std::move(buffers);
@@ -67,7 +71,9 @@ mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<Laye
   const mx::Stream s = mx::default_stream(mx::Device::gpu);
   if (stream_ && stream_->index != s.index) wait();
   stream_ = s;
-  Recorded& r = recorded(static_cast<int>(rows.size()), caches);
+  int longest = 0;
+  for (const StepRow& row : rows) longest = std::max(longest, row.slot - row.first);
+  Recorded& r = recorded(static_cast<int>(rows.size()), longest, caches);
   const auto ids = metal::tokens_of(rows);
   const auto places = metal::places_of(rows, caches[0].keys.shape(2));
   const auto angles = metal::angles_of(rows, metal::rope_of(plan_));
@@ -83,8 +89,8 @@ void CudaStep::wait() {
 }
 
 std::map<std::string, std::pair<int, double>> CudaStep::kernel_times(int rows) {
-  const auto found = recorded_.find(rows);
-  if (found == recorded_.end() || !found->second.replay)
+  const auto found = recorded_.lower_bound({rows, 0});
+  if (found == recorded_.end() || found->first.first != rows || !found->second.replay)
     fail("step", "rows", "a step of as many rows before", std::to_string(rows));
   wait();
   return found->second.replay->times();

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/replay.h"
@@ -38,14 +39,15 @@ class CudaStep {
     std::unique_ptr<Replay> replay;
     std::vector<const void*> buffers;  // of the caches
   };
-  Recorded& recorded(int rows, const std::vector<LayerCache>& caches);
+  // longest: positions before the newest in the longest row.
+  Recorded& recorded(int rows, int longest, const std::vector<LayerCache>& caches);
 
   Plan plan_;
   Accumulate accumulate_;
   bool tensor_;  // the walk of CUDA's own kernels takes the plan
   metal::Constants constants_;
-  std::map<int, Recorded> recorded_;  // by the number of rows
-  std::optional<mx::Stream> stream_;  // of the last step
+  std::map<std::pair<int, int>, Recorded> recorded_;  // by rows and stretches of the longest
+  std::optional<mx::Stream> stream_;                  // of the last step
   int64_t calls_ = 0;
 };
 

@@ -10,7 +10,7 @@ namespace moefuse::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = 8, kCluster = 16;
-constexpr int kGroupedSplits = 4, kLatentSplits = 64;
+constexpr int kGroupedSplits = 4, kGroupedStretch = 2048, kLatentSplits = 64;
 constexpr int kDepth = 4;   // pieces of a warp on their way, of weights that wait for the router
 constexpr int kBatch = 32;  // positions in shared memory at a time, for latent attention
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 224 * 1024;
@@ -119,14 +119,22 @@ std::string tensor_refusal(const Plan& plan) {
   return "";
 }
 
+int grouped_splits(int cached) {
+  int splits = 1;
+  while (splits < kGroupedSplits && cached >= splits * kGroupedStretch) splits *= 2;
+  return splits;
+}
+
 TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
-                       metal::WalkInputs inputs, Launcher launcher, int multiprocessors)
+                       metal::WalkInputs inputs, Launcher launcher, int multiprocessors, int splits)
     : metal::Walk(p, a, constants, std::move(inputs), std::move(launcher)),
-      multiprocessors_(multiprocessors) {
+      multiprocessors_(multiprocessors),
+      splits_(splits) {
   wide_constants = true;
 }
 
-TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copies) const {
+TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copies,
+                                      bool many) const {
   constexpr int kRegisters = 65536 / kThreads;
   std::array<int, 4> best = {1 << 30};
   for (int tiles = 1; tiles <= 4; ++tiles) {
@@ -138,8 +146,8 @@ TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copie
     const int wanted = metal::blocks(grid, multiprocessors_);
     const int resident = std::clamp(kRegisters / registers, 1, wanted);
     const int waves = metal::blocks(grid, multiprocessors_ * resident);
-    // Of equal ones the fewest blocks: each brings its row to the grid for itself.
-    best = std::min(best, {waves * resident * pieces, resident, tiles, resident});
+    best =
+        std::min(best, {waves * resident * pieces, many ? -resident : resident, tiles, resident});
   }
   return {best[2], best[3]};
 }
@@ -171,13 +179,13 @@ void TensorWalk::run(const GroupedProjection& s) {
 
 void TensorWalk::run(const GroupedAttention& s) {
   const LayerCache& cache = caches[layer];
-  auto out = outputs(
-      "cluster_attention_gqa",
-      {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps), constant(s.scale),
-       angles, places, cache.keys, cache.values},
-      {dtype, s.heads, s.kv_heads, s.head_dim, kGroupedSplits},
-      {{rows, s.heads, kGroupedSplits, s.head_dim}, {rows, s.heads, kGroupedSplits, 2}},
-      {mx::float32, mx::float32}, {kCluster * kGroupedSplits, s.kv_heads, rows}, kThreads, 0, 2);
+  auto out =
+      outputs("cluster_attention_gqa",
+              {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
+               constant(s.scale), angles, places, cache.keys, cache.values},
+              {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
+              {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
+              {mx::float32, mx::float32}, {kCluster * splits_, s.kv_heads, rows}, kThreads, 0, 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;
@@ -231,7 +239,7 @@ void TensorWalk::run(const OutputProjection& s) {
   }
   hidden = output("grid_attention_out",
                   {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
-                  {dtype, rows, grouped->heads, grouped->head_dim, kGroupedSplits, s.o.rows},
+                  {dtype, rows, grouped->heads, grouped->head_dim, splits_, s.o.rows},
                   {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, kThreads, beside());
 }
 
@@ -269,7 +277,7 @@ void TensorWalk::run(const ExpertsGateUp& s) {
        {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
     append(inputs, *m);
   const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
-  const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots);
+  const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
   inner = output("grid_gate_up", inputs,
                  {dtype, tiles, kDepth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
                   r.options.norm_topk_prob, r.options.scoring == Scoring::softmax, shared},

@@ -15,11 +15,15 @@ constexpr int kTensorRows = 4;
 // Empty where the walk takes the plan, else what it does not: "layers.3, qkv: group_size 32".
 std::string tensor_refusal(const Plan& plan);
 
+// How many blocks side by side share a cache of so many positions: kernels/stretches.h.
+int grouped_splits(int cached);
+
 class TensorWalk : public metal::Walk {
  public:
-  // multiprocessors: of the device.
+  // multiprocessors: of the device. splits: stretches of a grouped cache that the longest row asks
+  // for, as grouped_splits() says.
   TensorWalk(const Plan& plan, Accumulate accumulate, metal::Constants& constants,
-             metal::WalkInputs inputs, Launcher launcher, int multiprocessors);
+             metal::WalkInputs inputs, Launcher launcher, int multiprocessors, int splits);
 
  protected:
   using metal::Walk::run;
@@ -43,7 +47,9 @@ class TensorWalk : public metal::Walk {
   struct Tiling {
     int tiles = 1, resident = 1;
   };
-  Tiling tiling(int tile_count, int slices, int copies = 1) const;
+  // Of equal ones the fewest blocks, since each brings its row to the grid for itself, or the most,
+  // which is faster where the weights come last.
+  Tiling tiling(int tile_count, int slices, int copies = 1, bool many = false) const;
   // Blocks for which a multiprocessor has to have registers: two, so that the next kernel's come
   // beside this one's, where not several rows need them all.
   int beside() const { return rows == 1 ? 2 : 1; }
@@ -52,7 +58,7 @@ class TensorWalk : public metal::Walk {
   mx::array add_to_residual(const mx::array& x, const Matrix& m);
   void append_routing(std::vector<mx::array>& inputs);
 
-  const int multiprocessors_;
+  const int multiprocessors_, splits_;
   const Router* router_ = nullptr;  // of the layer
   mx::array router_logits_{0}, latent_query_{0};
 };

@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
           out.push_back(mx::zeros(call.shapes[i], call.dtypes[i]));
         return out;
       },
-      132);
+      132, 4);
   walk.walk();
   for (const metal::Call& call : calls)
     std::fprintf(stderr, "%-32s %4d x %3d x %2d blocks of %4d threads\n", call.kernel->name.c_str(),

@@ -183,7 +183,7 @@ mx::array tensor_logits(const moefuse::Plan& plan, emulated::Backend& backend,
     return out;
   };
   return in_fp32(
-      moefuse::cuda::TensorWalk(plan, Accumulate::fp32_no_fma, constants, inputs, launch, 132)
+      moefuse::cuda::TensorWalk(plan, Accumulate::fp32_no_fma, constants, inputs, launch, 132, 4)
           .walk());
 }
 
@@ -212,7 +212,8 @@ void compare_tokens(const std::string& name) {
     mx::array want = cpu.step({{token, 0, slot, 0, slot}}, cpu_caches);
     mx::array difference = mx::sqrt(mx::sum(mx::square(got - want)) / mx::sum(mx::square(want)));
     mx::eval(difference);
-    std::printf("%s slot %d: %g rms %g\n", name.c_str(), slot, difference.item<float>(), mx::sqrt(mx::mean(mx::square(got - want))).item<float>());
+    std::printf("%s slot %d: %g rms %g\n", name.c_str(), slot, difference.item<float>(),
+                mx::sqrt(mx::mean(mx::square(got - want))).item<float>());
     EXPECT_LT(difference.item<float>(), 0x1p-5) << slot;
     token = mx::argmax(want).item<uint32_t>();
   }
