@@ -22,8 +22,9 @@ void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t b
 }
 
 void use_huge_pages(const Model& model) {
-  for (const auto& [name, array] : model.weights)
-    use_huge_pages(array.data<char>(), array.nbytes());
+  for (const auto& [name, array] : model.weights)  // one that no stage reads has no data yet
+    if (array.status() == mx::array::Status::available)
+      use_huge_pages(array.data<char>(), array.nbytes());
 }
 
 }  // namespace moefuse
