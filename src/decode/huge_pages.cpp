@@ -22,8 +22,8 @@ void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t b
 }
 
 void use_huge_pages(const Model& model) {
-  for (const auto& [name, array] : model.weights)  // one that no stage reads has no data yet
-    if (array.status() == mx::array::Status::available)
+  for (const auto& [name, array] : model.weights)
+    if (array.is_available())  // what no stage reads was never evaluated, and has no buffer
       use_huge_pages(array.data<char>(), array.nbytes());
 }
 
