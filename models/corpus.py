@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Package -> licence of its documentation (from its /usr/share/doc/*/copyright).
+# Package -> licence of its documentation: its /usr/share/doc/*/copyright; what its pages say.
 PACKAGES = {
     "python3.11-doc": "PSF-2.0",
     "cinder-doc": "Apache-2.0",
@@ -47,13 +47,13 @@ PACKAGES = {
     "python-cffi-doc": "MIT",
     "python-click-doc": "BSD-3-Clause",
     "python-coverage-doc": "Apache-2.0",
-    "python-cryptography-doc": "Apache-2.0 or BSD-3-Clause",
+    "python-cryptography-doc": "Apache-2.0",
     "python-dask-doc": "BSD-3-Clause",
     "python-distributed-doc": "BSD-3-Clause",
     "python-flask-doc": "BSD-3-Clause",
     "python-gevent-doc": "MIT",
     "python-h5py-doc": "BSD-3-Clause",
-    "python-ipython-doc": "BSD-3-Clause",
+    "python-ipython-doc": "BSD-3-Clause; CC-BY-4.0",
     "python-jinja2-doc": "BSD-3-Clause",
     "python-kombu-doc": "BSD-3-Clause",
     "python-pandas-doc": "BSD-3-Clause",
@@ -66,7 +66,7 @@ PACKAGES = {
     "python-sqlalchemy-doc": "MIT",
     "python-sympy-doc": "BSD-3-Clause",
     "python-tables-doc": "BSD-3-Clause",
-    "python-tornado-doc": "Apache-2.0",
+    "python-tornado-doc": "Apache-2.0; CC-BY-3.0",
     "python-werkzeug-doc": "BSD-3-Clause",
     "python-xarray-doc": "Apache-2.0",
     "sphinx-doc": "BSD-2-Clause",

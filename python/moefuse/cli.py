@@ -140,9 +140,11 @@ def doctor(
     found = lab_doctor.examine(_engine(), models or [], accumulate if plan else None)
     if as_json:
         _print_json(found)
-        return
-    for line in lab_doctor.lines(found):
-        _tell(line)
+    else:
+        for line in lab_doctor.lines(found):
+            _tell(line)
+    if any("error" in model for model in found["models"]):
+        raise typer.Exit(2)
 
 
 @app.command(
@@ -207,6 +209,8 @@ def bench(
     default = ",".join(specs.QUICK if quick else specs.FULL)
     wanted = [v for v in specs.parse_list(variants or default) if v.parts]
     checked = [checkpoint.inspect(folder) for folder in folders]
+    for found in checked:
+        driver.check_inputs(found, plan, prompts, root)
     driver.prepare(out)
     options = {
         "--variants": variants, "--quick": quick, "--short": short, "--long": long,

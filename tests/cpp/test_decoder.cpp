@@ -57,6 +57,16 @@ TEST_P(Step, ARowsBitsDependOnNoOtherRow) {
   for (int i : {0, 1, 3}) EXPECT_EQ(decode(decoder, {tokens[i]})[0], together[i]) << "row " << i;
 }
 
+// A checkpoint may hold more than its layers, a draft layer say: nobody evaluates that.
+TEST(Decoder, IsBuiltBesideATensorThatNoStageReads) {
+  mx::set_default_device(mx::Device::cpu);
+  Model model = load_model(std::string(MOEFUSE_MODELS) + "/qwen3-moe-tiny");
+  const mx::array spare = mx::zeros({2 << 20});
+  ASSERT_NE(spare.status(), mx::array::Status::available);
+  model.weights.emplace("model.layers.99.spare", spare);
+  EXPECT_NO_THROW(Decoder(model, Accumulate::exact));
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Checkpoints, Step,
     ::testing::Combine(::testing::Values("qwen3-moe-tiny", "glm4-moe-lite-tiny"),

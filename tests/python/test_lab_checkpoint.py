@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 
+import mlx.core as mx
 import pytest
 from lab_support import tiny  # noqa: F401
 from moefuse.lab import LabError, checkpoint, prompts
@@ -100,6 +101,23 @@ def test_config_that_contradicts_the_tensors(copy, change):
     _edit(copy, **change)
     with pytest.raises(LabError, match=r"\[checkpoint\] tiny: config and tensors"):
         checkpoint.load(checkpoint.inspect(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("model.norm.weight", mx.int32, "BF16 or F16 or F32, got I32"),
+        ("model.norm.weight", mx.uint32, "BF16 or F16 or F32, got U32"),
+        ("model.layers.0.mlp.switch_mlp.up_proj.weight", mx.int32, ".* or U32, got I32"),
+        ("model.layers.0.mlp.switch_mlp.up_proj.biases", mx.uint8, "BF16 or F16 or F32, got U8"),
+    ],
+)
+def test_a_type_that_mlx_would_compute_with(copy, name, dtype, message):
+    path = copy / "model.safetensors"
+    whole = mx.load(str(path))
+    mx.save_safetensors(str(path), {**whole, name: whole[name].astype(dtype)})
+    with pytest.raises(LabError, match=f"{name}: expected {message}"):
+        checkpoint.inspect(copy)
 
 
 def test_index_that_names_an_absent_tensor(copy):

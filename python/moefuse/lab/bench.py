@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from mlx_lm.utils import load_tokenizer
+
 from . import LabError, capsule, checkpoint, files, ledger, notebook, prompts, ranking, variants
 from .campaign import Campaign, Plan, stored, unfinished
 from .variants import STOCK, Variant
@@ -34,6 +36,15 @@ def prepare(out: Path) -> None:
     beside = out / capsule.SCHEMA_NAME
     if not beside.exists() or beside.read_text(encoding="utf-8") != schema:
         files.write_atomic(beside, schema)
+
+
+def check_inputs(
+    found: checkpoint.Checkpoint, plan: Plan, prompt_file: Path | None, root: Path
+) -> None:
+    """Raise on tensors that contradict the config, or unfit prompts, before a file is written."""
+    checkpoint.load_weights(found, lazy=True)
+    path = prompt_file or prompts.find_file(found.path, root)
+    prompts.load(load_tokenizer(found.path), path, plan.prompt_limit)
 
 
 def open_campaign(

@@ -137,7 +137,22 @@ def read_header(path: Path) -> dict[str, dict]:
         raise LabError(f"[checkpoint] {path.name} header: expected an object, got {table!r:.40}")
     table.pop("__metadata__", None)
     _check_spans(path.name, table, size - 8 - length)
+    _check_dtypes(table)
     return table
+
+
+def _check_dtypes(table: dict) -> None:
+    """Floats, but for quantised codes and the mx formats' scales: MLX computes with others too."""
+    for name, entry in table.items():
+        expected = ["BF16", "F16", "F32"]
+        if name.endswith(".weight") and len(entry["shape"]) > 1:
+            expected.append("U32")
+        if name.endswith(".scales"):
+            expected.append("U8")
+        if entry["dtype"] not in expected:
+            raise LabError(
+                f"[checkpoint] {name}: expected {' or '.join(expected)}, got {entry['dtype']}"
+            )
 
 
 def _check_spans(file: str, table: dict, data_bytes: int) -> None:
