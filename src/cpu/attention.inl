@@ -9,6 +9,10 @@ namespace {
 
 template <Dtype kDtype>
 struct Constant {};
+template <int kCount>
+struct Count {
+  constexpr int operator()() const { return kCount; }
+};
 
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
 // before its one cast. The lanes are sixteen rows.
@@ -30,7 +34,7 @@ void exact_dots(const RowsArgs& a, const float* q, float* out) {
 }
 
 // The sums of four vectors' lanes, each in sum_lanes' order.
-inline void sum_lanes4(const f32x16 (&v)[4], float* out, int64_t stride) {
+inline void sum_lanes4(const f32x16* v, float* out, int64_t stride) {
   const auto halves = [](f32x16 a, f32x16 b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
@@ -64,18 +68,19 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
   for (; k + kLanes <= a.dim; k += kLanes) add(k, kLanes);
   if (k < a.dim) add(k, a.dim - k);
   for (int r = 0; r < kRows; ++r) {
-    if constexpr (kHeads == 4) {
-      sum_lanes4(sum[r], out + row + r, out_stride);
-    } else {
-      for (int h = 0; h < kHeads; ++h) out[h * out_stride + row + r] = sum_lanes(sum[r][h]);
-    }
+    int h = 0;
+    for (; h + 4 <= kHeads; h += 4)
+      sum_lanes4(sum[r] + h, out + h * out_stride + row + r, out_stride);
+    for (; h < kHeads; ++h) out[h * out_stride + row + r] = sum_lanes(sum[r][h]);
   }
 }
 
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
+  constexpr int kRows = kHeads > 4 ? 2 : 4;
   int row = 0;
-  for (; row + 4 <= a.rows; row += 4) fused_dots_at<kDtype, kHeads, 4>(a, row, q, out, out_stride);
+  for (; row + kRows <= a.rows; row += kRows)
+    fused_dots_at<kDtype, kHeads, kRows>(a, row, q, out, out_stride);
   for (; row < a.rows; ++row) fused_dots_at<kDtype, kHeads, 1>(a, row, q, out, out_stride);
 }
 
@@ -87,24 +92,37 @@ void with_dtype(Dtype dtype, F&& f) {
   f(Constant<Dtype::float32>{});
 }
 
+// Calls f(h, a constant number of heads) over all heads: as many at once as have their sums in
+// registers, because a row that is widened to float32 should serve them all.
+template <class F>
+void with_heads(int heads, F&& f) {
+  int h = 0;
+  const auto each = [&](auto count) {
+    for (; h + count() <= heads; h += count()) f(h, count);
+  };
+#if defined(__AVX512F__)
+  each(Count<10>{});
+  each(Count<8>{});
+#endif
+  each(Count<4>{});
+  each(Count<1>{});
+}
+
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
           int64_t out_stride) {
-  int h = 0;
-  if (exact)
-    for (; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
+  if (exact) {
+    for (int h = 0; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
+    return;
+  }
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
-    for (; h + 4 <= heads; h += 4)
-      fused_dots<kDtype, 4>(a, q + h * a.dim, out + h * out_stride, out_stride);
-    for (; h < heads; ++h)
-      fused_dots<kDtype, 1>(a, q + h * a.dim, out + h * out_stride, out_stride);
+    with_heads(heads, [&](int h, auto count) {
+      fused_dots<kDtype, count()>(a, q + h * a.dim, out + h * out_stride, out_stride);
+    });
   });
 }
 
-// Column vectors that share a pass over the rows: with four heads, sixteen sums in registers.
-constexpr int kVectors = 4;
-
 // kHeads sums over the columns [d, d + count), in one pass over the rows.
-template <Dtype kDtype, bool kExact, int kHeads>
+template <Dtype kDtype, bool kExact, int kHeads, int kVectors>
 inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weights_stride,
                                  int d, int count, float* out) {
   f32x16 sum[kHeads][kVectors] = {};
@@ -128,25 +146,29 @@ inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_
 
 template <Dtype kDtype, bool kExact, int kHeads>
 void weighted_sums(const RowsArgs& a, const float* weights, int64_t weights_stride, float* out) {
-  constexpr int kColumns = kVectors * kLanes;
+  constexpr int kVectors = kHeads > 4 ? 2 : 4, kColumns = kVectors * kLanes;
+  const auto columns = [&](int d, int count) __attribute__((always_inline)) {
+    weighted_sum_columns<kDtype, kExact, kHeads, kVectors>(a, weights, weights_stride, d, count,
+                                                           out);
+  };
   int d = 0;
-  for (; d + kColumns <= a.dim; d += kColumns)
-    weighted_sum_columns<kDtype, kExact, kHeads>(a, weights, weights_stride, d, kColumns, out);
-  if (d < a.dim)
-    weighted_sum_columns<kDtype, kExact, kHeads>(a, weights, weights_stride, d, a.dim - d, out);
+  for (; d + kColumns <= a.dim; d += kColumns) columns(d, kColumns);
+  if (d < a.dim) columns(d, a.dim - d);
 }
 
 void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads,
                   int64_t weights_stride, float* out) {
-  int h = 0;
-  const auto pass = [&](auto sums) {
-    sums(a, weights + h * weights_stride, weights_stride, out + h * a.dim);
-  };
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
-    if (exact)
-      for (; h < heads; ++h) pass(weighted_sums<kDtype, true, 1>);
-    for (; h + 4 <= heads; h += 4) pass(weighted_sums<kDtype, false, 4>);
-    for (; h < heads; ++h) pass(weighted_sums<kDtype, false, 1>);
+    if (exact) {
+      for (int h = 0; h < heads; ++h)
+        weighted_sums<kDtype, true, 1>(a, weights + h * weights_stride, weights_stride,
+                                       out + h * a.dim);
+      return;
+    }
+    with_heads(heads, [&](int h, auto count) {
+      weighted_sums<kDtype, false, count()>(a, weights + h * weights_stride, weights_stride,
+                                            out + h * a.dim);
+    });
   });
 }
 

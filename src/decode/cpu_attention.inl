@@ -1,14 +1,25 @@
 // Attention of the CPU step. exact: a task is one head over its whole context, in stock's order.
-// fp32 modes: a task is up to kHeads heads of one key head over kChunk slots, so that a slot is
-// read once for all of them; each chunk leaves its maximum, its sum of exponentials and its
-// weighted sum of values, and the chunks are merged in ascending order.
+// fp32 modes: a task is up to kHeads heads of one key head over a chunk of the slots, so that a
+// slot is read once for all of them; each chunk leaves its maximum, its sum of exponentials and its
+// weighted sum of values, and the chunks are merged in ascending order. How a row is cut depends on
+// its length alone.
 #pragma once
 
 #include "decode/cpu_worker.h"
 
 namespace moefuse {
 
-constexpr int kChunk = 256, kHeads = 10;
+constexpr int kHeads = 32, kMostChunks = 32;
+
+// Slots in a chunk of a row that attends to n: enough chunks to go round, not so many that the
+// merge costs.
+inline int chunk_slots(int n) {
+  constexpr int kLeast = 128;
+  return (n + kLeast * kMostChunks - 1) / (kLeast * kMostChunks) * kLeast;
+}
+inline int chunk_count(int n) {
+  return (n + chunk_slots(n) - 1) / chunk_slots(n);
+}
 
 template <class A>
 cpu::RowsArgs CpuStep<A>::Worker::cached(bool keys, int r, int head) const {
@@ -170,8 +181,9 @@ void CpuStep<A>::Worker::attend_exact(std::initializer_list<Part> parts, bool va
 template <class A>
 int CpuStep<A>::Worker::chunks() const {
   int most = 0;
-  for (const StepRow& row : shared_.rows) most = std::max(most, row.slot - row.first + 1);
-  return (most + kChunk - 1) / kChunk;
+  for (const StepRow& row : shared_.rows)
+    most = std::max(most, chunk_count(row.slot - row.first + 1));
+  return most;
 }
 
 // Leaves, for each head of the task: the maximum, the sum, the weighted values.
@@ -185,42 +197,43 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   const int r = group / groups / shared_.cache_shape.kv_heads;
   const int head = kv_head * per_kv + group % groups * kHeads;
   const int count = std::min(kHeads, (kv_head + 1) * per_kv - head);
+  const int slots = chunk_slots(shared_.rows[r].slot - shared_.rows[r].first + 1);
   const auto slice = [&](bool keys) {
     cpu::RowsArgs rows = cached(keys, r, kv_head);
     const int size = rows.dtype == cpu::Dtype::float32 ? 4 : 2;
-    rows.data = static_cast<const char*>(rows.data) + int64_t(chunk) * kChunk * rows.dim * size;
-    rows.rows = std::min(kChunk, rows.rows - chunk * kChunk);
+    rows.data = static_cast<const char*>(rows.data) + int64_t(chunk) * slots * rows.dim * size;
+    rows.rows = std::min(slots, rows.rows - chunk * slots);
     return rows;
   };
   const cpu::RowsArgs values = slice(values_in_keys);
   const int n = values.rows, dim = values.dim;
   if (n <= 0) return;
-  floats_.resize(2 * kHeads * kChunk);
-  float *scores = floats_.data(), *more = scores + kHeads * kChunk;
+  floats_.resize(2 * size_t(count) * slots);
+  float *scores = floats_.data(), *more = scores + count * slots;
   for (const Part& part : parts) {
     const cpu::RowsArgs keys = slice(part.keys);
     const auto* q =
         reinterpret_cast<const float*>(part.queries) + (int64_t(r) * heads + head) * keys.dim;
     const bool first = &part == parts.begin();
-    cpu::kernels().dots(false, keys, q, count, first ? scores : more, kChunk);
+    cpu::kernels().dots(false, keys, q, count, first ? scores : more, slots);
     if (!first)
-      for (int i = 0; i < count * kChunk; ++i) scores[i] += more[i];
+      for (int i = 0; i < count * slots; ++i) scores[i] += more[i];
   }
-  sums_.resize(kHeads * dim);
+  sums_.resize(size_t(count) * dim);
   float* partial = shared_.partial.data();
   const auto at = [&](int h) {
     return partial + ((int64_t(r) * heads + head + h) * chunks() + chunk) * (dim + 2);
   };
   for (int h = 0; h < count; ++h)
-    at(h)[1] = cpu::kernels().exponentials(scores + h * kChunk, n, at(h));
-  cpu::kernels().weighted_sum(false, values, scores, count, kChunk, sums_.data());
+    at(h)[1] = cpu::kernels().exponentials(scores + h * slots, n, at(h));
+  cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
   for (int h = 0; h < count; ++h) std::copy_n(sums_.data() + h * dim, dim, at(h) + 2);
 }
 
 template <class A>
 void CpuStep<A>::Worker::merge_chunks(int heads, int dim, int task, A* out) const {
   const StepRow& row = shared_.rows[task / heads];
-  const int n = (row.slot - row.first) / kChunk + 1;
+  const int n = chunk_count(row.slot - row.first + 1);
   const float* partial = shared_.partial.data() + int64_t(task) * chunks() * (dim + 2);
   float top = partial[0];
   for (int c = 1; c < n; ++c) top = std::max(top, partial[int64_t(c) * (dim + 2)]);

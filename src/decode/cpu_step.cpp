@@ -129,17 +129,13 @@ void CpuStep<A>::run(const std::vector<StepRow>& rows, const std::vector<CacheVi
   shared_->rows = rows;
   shared_->caches = caches;
   shared_->logits = logits;
-  int longest = 0, last = 0;
-  for (const StepRow& row : rows) {
-    longest = std::max(longest, row.slot - row.first + 1);
-    last = std::max(last, row.position);
-  }
+  int last = 0;
+  for (const StepRow& row : rows) last = std::max(last, row.position);
   shared_->rope.reserve(last + 1, mlx_dtype<A>());
   if constexpr (!kExact<A>) {
-    const int64_t heads = plan_.config.num_attention_heads,
-                  chunks = (longest + kChunk - 1) / kChunk;
     const int dim = std::max(plan_.cache.key_dim, plan_.cache.value_dim);
-    const size_t size = rows.size() * heads * chunks * (dim + 2);
+    const size_t size =
+        rows.size() * plan_.config.num_attention_heads * kMostChunks * size_t(dim + 2);
     if (shared_->partial.size() < size) shared_->partial.resize(size);
   }
   const auto work = [&](int thread) {
