@@ -117,15 +117,27 @@ def measure(folder: Path, points: list[tuple], arguments) -> dict:
         both = list(zip(points, found["points"], strict=True))
         for point, entry in both if number % 2 == 0 else both[::-1]:
             accumulate, rows, same, _ = point
-            choose(accumulate)
+            report = choose(accumulate)
             tokens = 1 if accumulate in ("stock", "exact") else arguments.tokens
             reads = [_core.read_bandwidth(weight_bytes)]
             entry["ms"].append(decode(model, prepared[point], rows, same, tokens))
             reads.append(_core.read_bandwidth(weight_bytes))
             entry["read_bytes_per_s"].append(max(reads))
+            if report:
+                entry["stages"] = stages(report._step.decoder)
     for entry in found["points"]:
         summarise(entry)
     found |= {"threads": _core.cpu_threads(), "isa": _core.cpu_isa()}
+    return found
+
+
+def stages(decoder) -> dict:
+    """ms and MB of a step in the stages of each name, over all layers."""
+    found: dict[str, dict] = {}
+    for stage in decoder.stages():
+        entry = found.setdefault(stage["name"], {"ms": 0.0, "MB": 0.0})
+        entry["ms"] += stage["seconds"] / stage["calls"] * 1e3
+        entry["MB"] += stage["weight_bytes"] / 1e6
     return found
 
 
@@ -151,6 +163,10 @@ def show(found: dict) -> None:
         cells = [e["accumulate"], rows, e["context"], f"{e['median_ms']:.2f}", f"{moved:.1f}"]
         cells += [f"{e['bytes_per_s'] / 1e9:.2f}", f"{read:.2f}", f"{e['read_share']:.1%}"]
         print(*cells, f"{e['rows'] / e['median_ms'] * 1e3:.2f}", sep=" | ")
+    for e in found["points"]:
+        if "stages" in e:
+            each = (f"{name} {s['ms']:.2f}" for name, s in e["stages"].items())
+            print(f"{e['accumulate']}, {e['rows']} rows, {e['context']}, ms:", ", ".join(each))
 
 
 def point(text: str) -> tuple:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -54,7 +55,10 @@ def time_moefuse(model: Path, accumulate: str, threads: int) -> float:
 
 
 def decode(folder: Path, accumulate: str) -> float:
-    """ms a token through a patched mlx-lm model, in this process: the median of TOKENS."""
+    """ms a token through a patched mlx-lm model, in this process: the median of TOKENS.
+
+    Random tokens, one after the other, none of them sampled: as llama-bench has it.
+    """
     import mlx.core as mx
     import mlx_lm
     import moefuse
@@ -62,10 +66,11 @@ def decode(folder: Path, accumulate: str) -> float:
 
     model, _ = mlx_lm.load(str(folder))
     report = moefuse.patch(model, step=True, accumulate=accumulate)
-    cache, token, times = make_prompt_cache(model), 0, []
+    cache, times = make_prompt_cache(model), []
+    draw = random.Random(0)
     for _ in range(WARMUP + TOKENS):
         start = time.perf_counter()
-        token = int(mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]))
+        mx.eval(model(mx.array([[draw.randrange(model.args.vocab_size)]]), cache=cache))
         times.append(time.perf_counter() - start)
     if report.calls.get("step", 0) != WARMUP + TOKENS:
         raise SystemExit(f"the step did not run: {report.calls} {report.fallbacks}")

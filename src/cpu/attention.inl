@@ -34,13 +34,13 @@ void exact_dots(const RowsArgs& a, const float* q, float* out) {
 }
 
 // The sums of four vectors' lanes, each in sum_lanes' order.
-inline void sum_lanes4(const f32x16* v, float* out, int64_t stride) {
+inline void sum_lanes4(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3, float* out, int64_t stride) {
   const auto halves = [](f32x16 a, f32x16 b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
                                    31);
   };
-  const f32x16 a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+  const f32x16 a = halves(v0, v1), b = halves(v2, v3);
   const f32x16 quarters =
       __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
       __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
@@ -54,7 +54,7 @@ template <Dtype kDtype, int kHeads, int kRows>
 inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out,
                           int64_t out_stride) {
   f32x16 sum[kRows][kHeads] = {};
-  // Inlined by force: a call would keep the sums in memory.
+  // Inlined by force, the sums handed on by value: an address of theirs keeps them in memory.
   const auto add = [&](int k, int width) __attribute__((always_inline)) {
     f32x16 x[kRows];
     for (int r = 0; r < kRows; ++r)
@@ -70,17 +70,22 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
   for (int r = 0; r < kRows; ++r) {
     int h = 0;
     for (; h + 4 <= kHeads; h += 4)
-      sum_lanes4(sum[r] + h, out + h * out_stride + row + r, out_stride);
+      sum_lanes4(sum[r][h], sum[r][h + 1], sum[r][h + 2], sum[r][h + 3],
+                 out + h * out_stride + row + r, out_stride);
     for (; h < kHeads; ++h) out[h * out_stride + row + r] = sum_lanes(sum[r][h]);
   }
 }
 
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
-  constexpr int kRows = kHeads > 4 ? 2 : 4;
+  constexpr int kRows = kHeads > 4 ? 2 : 4, kBytes = kDtype == Dtype::float32 ? 4 : 2;
+  constexpr int kAhead = 4096;  // bytes
   int row = 0;
-  for (; row + kRows <= a.rows; row += kRows)
+  for (; row + kRows <= a.rows; row += kRows) {
+    const char* ahead = (const char*)a.data + (row * a.stride) * int64_t(kBytes) + kAhead;
+    for (int i = 0; i < kRows * a.dim * kBytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
     fused_dots_at<kDtype, kHeads, kRows>(a, row, q, out, out_stride);
+  }
   for (; row < a.rows; ++row) fused_dots_at<kDtype, kHeads, 1>(a, row, q, out, out_stride);
 }
 
@@ -141,7 +146,10 @@ inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_
         sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
     }
   }
-  for (int h = 0; h < kHeads; ++h) memcpy(out + h * a.dim + d, sum[h], 4 * count);
+  for (int h = 0; h < kHeads; ++h)
+    for (int b = 0; b < kVectors && b * kLanes < count; ++b)  // by value: see fused_dots_at
+      store_floats(out, Dtype::float32, h * a.dim + d + b * kLanes,
+                   count - b * kLanes < kLanes ? count - b * kLanes : kLanes, sum[h][b]);
 }
 
 template <Dtype kDtype, bool kExact, int kHeads>

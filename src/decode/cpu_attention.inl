@@ -51,7 +51,7 @@ template <class A>
 void CpuStep<A>::Worker::run(const GroupedAttention& s) {
   const int kv = s.kv_heads, dim = s.head_dim, each = s.heads + 2 * kv;
   const auto scale = static_cast<A>(s.scale);
-  team_.share(rows() * each, [&](int task) {
+  team_.share(thread_, rows() * each, [&](int task) {
     const int r = task / each, head = task % each, position = shared_.rows[r].position;
     if (head < s.heads) {
       A* q = shared_.q.data() + (int64_t(r) * s.heads + head) * dim;
@@ -82,7 +82,7 @@ void CpuStep<A>::Worker::run(const LatentQuery& s) {
   const int q_width = s.heads * head_dim;
   scratch_.resize(int64_t(rows()) * (q_width + s.nope_dim));
   A* nope = scratch_.data() + int64_t(rows()) * q_width;
-  team_.share(s.heads + 1, [&](int head) {
+  team_.share(thread_, s.heads + 1, [&](int head) {
     if (head == s.heads) {
       for (int r = 0; r < rows(); ++r) {
         A* latent = shared_.k.data() + int64_t(r) * (s.latent_dim + s.rope_dim);
@@ -110,7 +110,7 @@ void CpuStep<A>::Worker::run(const LatentQuery& s) {
 template <class A>
 void CpuStep<A>::Worker::run(const LatentAttention& s) {
   const auto scale = static_cast<A>(s.scale);
-  team_.share(rows() * s.heads, [&](int task) {
+  team_.share(thread_, rows() * s.heads, [&](int task) {
     A* latent = shared_.q_latent.data() + int64_t(task) * s.latent_dim;
     A* rotary = shared_.q_rope.data() + int64_t(task) * s.rope_dim;
     for (int i = 0; i < s.latent_dim; ++i) latent[i] = scale * latent[i];
@@ -124,7 +124,7 @@ template <class A>
 void CpuStep<A>::Worker::run(const LatentOutput& s) {
   const int heads = s.unembed.count, latent = s.unembed.cols, values = s.unembed.rows;
   scratch_.resize(int64_t(rows()) * latent);
-  team_.share(heads, [&](int head) {
+  team_.share(thread_, heads, [&](int head) {
     for (int r = 0; r < rows(); ++r)
       std::copy_n(shared_.latents.data() + (int64_t(r) * heads + head) * latent, latent,
                   scratch_.data() + int64_t(r) * latent);
@@ -139,15 +139,15 @@ template <class A>
 void CpuStep<A>::Worker::attend(std::initializer_list<Part> parts, bool values_in_keys, int heads,
                                 A* out) {
   if constexpr (kExact<A>) {
-    team_.share(rows() * heads,
+    team_.share(thread_, rows() * heads,
                 [&](int task) { attend_exact(parts, values_in_keys, heads, task, out); });
   } else {
     const int kv = shared_.cache_shape.kv_heads;
     const int groups = kv * ((heads / kv + kHeads - 1) / kHeads);
-    team_.share(rows() * groups * chunks(),
+    team_.share(thread_, rows() * groups * chunks(),
                 [&](int task) { attend_chunk(parts, values_in_keys, heads, task); });
     const int dim = values_in_keys ? shared_.cache_shape.key_dim : shared_.cache_shape.value_dim;
-    team_.share(rows() * heads, [&](int task) { merge_chunks(heads, dim, task, out); });
+    team_.share(thread_, rows() * heads, [&](int task) { merge_chunks(heads, dim, task, out); });
   }
 }
 
@@ -208,6 +208,10 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   const cpu::RowsArgs values = slice(values_in_keys);
   const int n = values.rows, dim = values.dim;
   if (n <= 0) return;
+  // The values are read in columns, which no hardware foresees; the keys' pass gives them time.
+  const int64_t value_bytes = int64_t(n) * dim * (values.dtype == cpu::Dtype::float32 ? 4 : 2);
+  for (int64_t i = 0; !values_in_keys && i < value_bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(values.data) + i, 0, 2);
   floats_.resize(2 * size_t(count) * slots);
   float *scores = floats_.data(), *more = scores + count * slots;
   for (const Part& part : parts) {

@@ -103,10 +103,11 @@ CpuStep<A>::Shared::Shared(const Plan& plan, Accumulate accumulate, int threads)
 }
 
 template <class A>
-CpuStep<A>::Worker::Worker(const Plan& plan, Shared& shared)
+CpuStep<A>::Worker::Worker(const Plan& plan, Shared& shared, int thread)
     : config_(plan.config),
       shared_(shared),
       team_(shared.team),
+      thread_(thread),
       x_(shared.dot),
       inner_(shared.dot),
       shared_inner_(shared.dot),
@@ -117,7 +118,7 @@ CpuStep<A>::CpuStep(const Plan& plan, Accumulate accumulate)
     : plan_(converted<A>(plan)), times_(plan.stages.size()) {
   shared_ = std::make_unique<Shared>(plan_, accumulate, cpu::num_threads());
   for (int t = 0; t < shared_->team.threads(); ++t)
-    workers_.push_back(std::make_unique<Worker>(plan_, *shared_));
+    workers_.push_back(std::make_unique<Worker>(plan_, *shared_, t));
 }
 
 template <class A>
