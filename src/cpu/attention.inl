@@ -14,6 +14,16 @@ struct Count {
   constexpr int operator()() const { return kCount; }
 };
 
+// f(Count<0>) to f(Count<kCount - 1>). Sums that a loop indexes, or whose address anybody takes,
+// are kept in memory and stored in every turn: here each index is a constant from the start.
+template <int kCount, class F>
+inline __attribute__((always_inline)) void unrolled(F&& f) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(f);
+    f(Count<kCount - 1>{});
+  }
+}
+
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
 // before its one cast. The lanes are sixteen rows.
 void exact_dots(const RowsArgs& a, const float* q, float* out) {
@@ -54,7 +64,7 @@ template <Dtype kDtype, int kHeads, int kRows>
 inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out,
                           int64_t out_stride) {
   f32x16 sum[kRows][kHeads] = {};
-  // Inlined by force, the sums handed on by value: an address of theirs keeps them in memory.
+  // Inlined by force: a call would keep the sums in memory.
   const auto add = [&](int k, int width) __attribute__((always_inline)) {
     f32x16 x[kRows];
     for (int r = 0; r < kRows; ++r)
@@ -67,13 +77,18 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
   int k = 0;
   for (; k + kLanes <= a.dim; k += kLanes) add(k, kLanes);
   if (k < a.dim) add(k, a.dim - k);
-  for (int r = 0; r < kRows; ++r) {
-    int h = 0;
-    for (; h + 4 <= kHeads; h += 4)
-      sum_lanes4(sum[r][h], sum[r][h + 1], sum[r][h + 2], sum[r][h + 3],
-                 out + h * out_stride + row + r, out_stride);
-    for (; h < kHeads; ++h) out[h * out_stride + row + r] = sum_lanes(sum[r][h]);
-  }
+  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+    float* to = out + row + r();
+    unrolled<kHeads / 4>([&](auto i) __attribute__((always_inline)) {
+      constexpr int h = 4 * i();
+      const auto& v = sum[r()];
+      sum_lanes4(v[h], v[h + 1], v[h + 2], v[h + 3], to + h * out_stride, out_stride);
+    });
+    unrolled<kHeads % 4>([&](auto i) __attribute__((always_inline)) {
+      constexpr int h = kHeads / 4 * 4 + i();
+      to[h * out_stride] = sum_lanes(sum[r()][h]);
+    });
+  });
 }
 
 template <Dtype kDtype, int kHeads>
@@ -146,10 +161,14 @@ inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_
         sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
     }
   }
-  for (int h = 0; h < kHeads; ++h)
-    for (int b = 0; b < kVectors && b * kLanes < count; ++b)  // by value: see fused_dots_at
-      store_floats(out, Dtype::float32, h * a.dim + d + b * kLanes,
-                   count - b * kLanes < kLanes ? count - b * kLanes : kLanes, sum[h][b]);
+  unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+    unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+      const int n = count - b() * kLanes;
+      if (n > 0)
+        store_floats(out, Dtype::float32, h() * a.dim + d + b() * kLanes, n < kLanes ? n : kLanes,
+                     sum[h()][b()]);
+    });
+  });
 }
 
 template <Dtype kDtype, bool kExact, int kHeads>
