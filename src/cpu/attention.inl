@@ -67,12 +67,15 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
   // Inlined by force: a call would keep the sums in memory.
   const auto add = [&](int k, int width) __attribute__((always_inline)) {
     f32x16 x[kRows];
-    for (int r = 0; r < kRows; ++r)
-      x[r] = load_floats(a.data, kDtype, (row + r) * a.stride + k, width);
-    for (int h = 0; h < kHeads; ++h) {
-      const f32x16 y = load_floats(q + h * a.dim, Dtype::float32, k, width);
-      for (int r = 0; r < kRows; ++r) sum[r][h] = fused(x[r], y, sum[r][h]);
-    }
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      x[r()] = load_floats(a.data, kDtype, (row + r()) * a.stride + k, width);
+    });
+    unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+      const f32x16 y = load_floats(q + h() * a.dim, Dtype::float32, k, width);
+      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        sum[r()][h()] = fused(x[r()], y, sum[r()][h()]);
+      });
+    });
   };
   int k = 0;
   for (; k + kLanes <= a.dim; k += kLanes) add(k, kLanes);
