@@ -1,7 +1,5 @@
 #include "decode/huge_pages.h"
 
-#include <algorithm>
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -19,10 +17,7 @@ void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t b
   const uintptr_t last = (begin + bytes) / kPage * kPage;
   if (first >= last) return;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  // In pieces: a call ends with the first page that finds no memory.
-  constexpr uintptr_t kPiece = 16 * kPage;
-  for (uintptr_t at = first; at < last; at += kPiece)
-    madvise(reinterpret_cast<void*>(at), std::min(kPiece, last - at), MADV_COLLAPSE);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_COLLAPSE);
 #endif
 }
 
