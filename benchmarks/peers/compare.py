@@ -1,10 +1,11 @@
 """Decode of one geometry by moefuse and its peers, in alternating rounds: ms a token.
 
-    python benchmarks/peers/compare.py SYNTH_MODEL MODEL.gguf --ik CHECKOUT --llama CHECKOUT
+    python benchmarks/peers/compare.py FOLDER --ik CHECKOUT --llama CHECKOUT
 
-Each checkout is built once (CMake, Release, its own `build-peer` folder); `write_gguf.py` writes
-MODEL.gguf. A round runs every engine once, forwards and then backwards; beside each round stands
-the machine's own read rate. Prints a table of medians and writes every sample with --json.
+`write_gguf.py` writes FOLDER: the same weights for all. Each checkout is built once (CMake,
+Release, its own `build-peer` folder). A round runs every engine once, forwards and then backwards;
+beside each round stands the machine's own read rate. Prints medians, and beside each the median
+over the rounds of its time by moefuse's in the same round; --json writes every sample.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,8 @@ def build(checkout: Path) -> Path:
     binary = folder / "bin" / "llama-bench"
     if not binary.exists():
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
+        options += ["-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
+        options += ["-DGGML_IQK_FA_ALL_QUANTS=OFF"]  # ik: its attention for float16 caches alone
         subprocess.run(["cmake", "-S", checkout, "-B", folder, *options], check=True)
         subprocess.run(
             ["cmake", "--build", folder, "--target", "llama-bench", "-j", str(os.cpu_count())],
@@ -44,14 +48,17 @@ def time_peer(binary: Path, gguf: Path, flags: list[str], threads: int) -> float
 
 
 def time_moefuse(model: Path, accumulate: str, threads: int) -> float:
-    command = [sys.executable, __file__, str(model), "-", "--child", accumulate]
+    command = [sys.executable, __file__, str(model), "--child", accumulate]
     environment = {**os.environ, "MOEFUSE_NUM_THREADS": str(threads)}
     run = subprocess.run(command, check=True, capture_output=True, env=environment)
     return json.loads(run.stdout)
 
 
 def decode(folder: Path, accumulate: str) -> float:
-    """ms a token through a patched mlx-lm model, in this process: the median of TOKENS."""
+    """ms a token through a patched mlx-lm model, in this process: the median of TOKENS.
+
+    Random tokens, one after the other, none of them sampled: as llama-bench has it.
+    """
     import mlx.core as mx
     import mlx_lm
     import moefuse
@@ -59,10 +66,11 @@ def decode(folder: Path, accumulate: str) -> float:
 
     model, _ = mlx_lm.load(str(folder))
     report = moefuse.patch(model, step=True, accumulate=accumulate)
-    cache, token, times = make_prompt_cache(model), 0, []
+    cache, times = make_prompt_cache(model), []
+    draw = random.Random(0)
     for _ in range(WARMUP + TOKENS):
         start = time.perf_counter()
-        token = int(mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]))
+        mx.eval(model(mx.array([[draw.randrange(model.args.vocab_size)]]), cache=cache))
         times.append(time.perf_counter() - start)
     if report.calls.get("step", 0) != WARMUP + TOKENS:
         raise SystemExit(f"the step did not run: {report.calls} {report.fallbacks}")
@@ -75,14 +83,14 @@ def measure(arguments) -> list[dict]:
     peers = {name: getattr(arguments, name) for name in FLAGS if getattr(arguments, name)}
     binaries = {name: build(checkout) for name, checkout in peers.items()}
     engines = [f"moefuse {mode}" for mode in arguments.accumulate] + list(binaries)
-    samples = []
+    gguf, samples = arguments.model / "model.gguf", []
     for number in range(arguments.rounds):
-        read = _core.read_bandwidth(256 << 20) / 1e9
+        read = _core.read_bandwidth(1 << 30) / 1e9
         for engine in engines if number % 2 == 0 else engines[::-1]:
             for threads in arguments.threads:
                 if engine in binaries:
                     flags = FLAGS[engine]
-                    ms = time_peer(binaries[engine], arguments.gguf, flags, threads)
+                    ms = time_peer(binaries[engine], gguf, flags, threads)
                 else:
                     ms = time_moefuse(arguments.model, engine.split()[1], threads)
                 samples.append(
@@ -95,7 +103,6 @@ def measure(arguments) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("gguf", type=Path)
     parser.add_argument("--ik", type=Path, help="a checkout of ik_llama.cpp")
     parser.add_argument("--llama", type=Path, help="a checkout of llama.cpp")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -110,10 +117,15 @@ def main() -> None:
     samples = measure(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(samples, indent=1))
-    print("engine | threads | median ms | rounds' range")
+    print("engine | threads | median ms | rounds' range | by moefuse's")
+    times = {(s["engine"], s["threads"], s["round"]): s["ms"] for s in samples}
+    base = f"moefuse {arguments.accumulate[0]}"
     for engine, threads in dict.fromkeys((s["engine"], s["threads"]) for s in samples):
-        ms = [s["ms"] for s in samples if (s["engine"], s["threads"]) == (engine, threads)]
-        print(f"{engine} | {threads} | {statistics.median(ms):.2f} | {min(ms):.2f}-{max(ms):.2f}")
+        rounds = range(arguments.rounds)
+        ms = [times[engine, threads, r] for r in rounds]
+        ratio = statistics.median(ms[r] / times[base, threads, r] for r in rounds)
+        spread = f"{min(ms):.2f}-{max(ms):.2f}"
+        print(engine, threads, f"{statistics.median(ms):.2f}", spread, f"{ratio:.3f}", sep=" | ")
     reads = [s["read"] for s in samples]
     print(f"read, GB/s, all threads: {min(reads):.1f}-{max(reads):.1f}")
 

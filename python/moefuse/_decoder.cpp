@@ -96,6 +96,14 @@ void bind_decoder(nb::module_& m) {
         nb::call_guard<nb::gil_scoped_release>(),
         "Bytes a second of a plain read of a buffer of that size by the step's threads, the best "
         "of several.");
+  m.def(
+      "check_memory",
+      [](const std::string& model, uint64_t weight_bytes) {
+        moefuse::check_memory(model, weight_bytes, moefuse::available_memory());
+      },
+      "model"_a, "weight_bytes"_a,
+      "Raises ValueError with the estimate and what there is, where weights and a twentieth do not "
+      "fit into the available memory.");
   m.def("cpu_threads", &moefuse::cpu::num_threads, "Threads of the ops and of the step on a CPU.");
   m.def(
       "writable",

@@ -429,17 +429,22 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     variants: Annotated[
         str, typer.Option(help="One spec; `stock` leaves the model alone.")
-    ] = "router+experts",
+    ] = "step",
     max_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temp: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all tokens.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0.0, help="Over the last 20 tokens.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
 ) -> None:
     """Stream text from a patched model through mlx-lm."""
     import mlx.core as mx
     from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     from .lab import checkpoint
     from .lab import variants as specs
@@ -454,12 +459,13 @@ def generate(
             [{"role": "user", "content": prompt}], add_generation_prompt=True
         )
     mx.random.seed(seed)
-    sampler = make_sampler(temp=temp, top_p=top_p)
+    sampling = {
+        "sampler": make_sampler(temp=temp, top_p=top_p, min_p=min_p, top_k=top_k),
+        "logits_processors": make_logits_processors(repetition_penalty=repetition_penalty),
+    }
     last = None
     with specs.applied(loaded, variant, _engine()):
-        for last in stream_generate(
-            loaded, tokenizer, text, max_tokens=max_tokens, sampler=sampler
-        ):
+        for last in stream_generate(loaded, tokenizer, text, max_tokens=max_tokens, **sampling):
             sys.stdout.write(last.text)
             sys.stdout.flush()
     sys.stdout.write("\n")

@@ -9,6 +9,20 @@ namespace {
 
 template <Dtype kDtype>
 struct Constant {};
+template <int kCount>
+struct Count {
+  constexpr int operator()() const { return kCount; }
+};
+
+// f(Count<0>) to f(Count<kCount - 1>). Sums that a loop indexes, or whose address anybody takes,
+// are kept in memory and stored in every turn: here each index is a constant from the start.
+template <int kCount, class F>
+inline __attribute__((always_inline)) void unrolled(F&& f) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(f);
+    f(Count<kCount - 1>{});
+  }
+}
 
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
 // before its one cast. The lanes are sixteen rows.
@@ -30,13 +44,13 @@ void exact_dots(const RowsArgs& a, const float* q, float* out) {
 }
 
 // The sums of four vectors' lanes, each in sum_lanes' order.
-inline void sum_lanes4(const f32x16 (&v)[4], float* out, int64_t stride) {
+inline void sum_lanes4(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3, float* out, int64_t stride) {
   const auto halves = [](f32x16 a, f32x16 b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
                                    31);
   };
-  const f32x16 a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+  const f32x16 a = halves(v0, v1), b = halves(v2, v3);
   const f32x16 quarters =
       __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
       __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
@@ -53,29 +67,43 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
   // Inlined by force: a call would keep the sums in memory.
   const auto add = [&](int k, int width) __attribute__((always_inline)) {
     f32x16 x[kRows];
-    for (int r = 0; r < kRows; ++r)
-      x[r] = load_floats(a.data, kDtype, (row + r) * a.stride + k, width);
-    for (int h = 0; h < kHeads; ++h) {
-      const f32x16 y = load_floats(q + h * a.dim, Dtype::float32, k, width);
-      for (int r = 0; r < kRows; ++r) sum[r][h] = fused(x[r], y, sum[r][h]);
-    }
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      x[r()] = load_floats(a.data, kDtype, (row + r()) * a.stride + k, width);
+    });
+    unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+      const f32x16 y = load_floats(q + h() * a.dim, Dtype::float32, k, width);
+      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        sum[r()][h()] = fused(x[r()], y, sum[r()][h()]);
+      });
+    });
   };
   int k = 0;
   for (; k + kLanes <= a.dim; k += kLanes) add(k, kLanes);
   if (k < a.dim) add(k, a.dim - k);
-  for (int r = 0; r < kRows; ++r) {
-    if constexpr (kHeads == 4) {
-      sum_lanes4(sum[r], out + row + r, out_stride);
-    } else {
-      for (int h = 0; h < kHeads; ++h) out[h * out_stride + row + r] = sum_lanes(sum[r][h]);
-    }
-  }
+  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+    float* to = out + row + r();
+    unrolled<kHeads / 4>([&](auto i) __attribute__((always_inline)) {
+      constexpr int h = 4 * i();
+      const auto& v = sum[r()];
+      sum_lanes4(v[h], v[h + 1], v[h + 2], v[h + 3], to + h * out_stride, out_stride);
+    });
+    unrolled<kHeads % 4>([&](auto i) __attribute__((always_inline)) {
+      constexpr int h = kHeads / 4 * 4 + i();
+      to[h * out_stride] = sum_lanes(sum[r()][h]);
+    });
+  });
 }
 
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
+  constexpr int kRows = kHeads > 4 ? 2 : 4, kBytes = kDtype == Dtype::float32 ? 4 : 2;
+  constexpr int kAhead = 4096;  // bytes
   int row = 0;
-  for (; row + 4 <= a.rows; row += 4) fused_dots_at<kDtype, kHeads, 4>(a, row, q, out, out_stride);
+  for (; row + kRows <= a.rows; row += kRows) {
+    const char* ahead = (const char*)a.data + (row * a.stride) * int64_t(kBytes) + kAhead;
+    for (int i = 0; i < kRows * a.dim * kBytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    fused_dots_at<kDtype, kHeads, kRows>(a, row, q, out, out_stride);
+  }
   for (; row < a.rows; ++row) fused_dots_at<kDtype, kHeads, 1>(a, row, q, out, out_stride);
 }
 
@@ -87,24 +115,37 @@ void with_dtype(Dtype dtype, F&& f) {
   f(Constant<Dtype::float32>{});
 }
 
+// Calls f(h, a constant number of heads) over all heads: as many at once as have their sums in
+// registers, because a row that is widened to float32 should serve them all.
+template <class F>
+void with_heads(int heads, F&& f) {
+  int h = 0;
+  const auto each = [&](auto count) {
+    for (; h + count() <= heads; h += count()) f(h, count);
+  };
+#if defined(__AVX512F__)
+  each(Count<10>{});
+  each(Count<8>{});
+#endif
+  each(Count<4>{});
+  each(Count<1>{});
+}
+
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
           int64_t out_stride) {
-  int h = 0;
-  if (exact)
-    for (; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
+  if (exact) {
+    for (int h = 0; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
+    return;
+  }
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
-    for (; h + 4 <= heads; h += 4)
-      fused_dots<kDtype, 4>(a, q + h * a.dim, out + h * out_stride, out_stride);
-    for (; h < heads; ++h)
-      fused_dots<kDtype, 1>(a, q + h * a.dim, out + h * out_stride, out_stride);
+    with_heads(heads, [&](int h, auto count) {
+      fused_dots<kDtype, count()>(a, q + h * a.dim, out + h * out_stride, out_stride);
+    });
   });
 }
 
-// Column vectors that share a pass over the rows: with four heads, sixteen sums in registers.
-constexpr int kVectors = 4;
-
 // kHeads sums over the columns [d, d + count), in one pass over the rows.
-template <Dtype kDtype, bool kExact, int kHeads>
+template <Dtype kDtype, bool kExact, int kHeads, int kVectors>
 inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weights_stride,
                                  int d, int count, float* out) {
   f32x16 sum[kHeads][kVectors] = {};
@@ -123,30 +164,41 @@ inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_
         sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
     }
   }
-  for (int h = 0; h < kHeads; ++h) memcpy(out + h * a.dim + d, sum[h], 4 * count);
+  unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+    unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+      const int n = count - b() * kLanes;
+      if (n > 0)
+        store_floats(out, Dtype::float32, h() * a.dim + d + b() * kLanes, n < kLanes ? n : kLanes,
+                     sum[h()][b()]);
+    });
+  });
 }
 
 template <Dtype kDtype, bool kExact, int kHeads>
 void weighted_sums(const RowsArgs& a, const float* weights, int64_t weights_stride, float* out) {
-  constexpr int kColumns = kVectors * kLanes;
+  constexpr int kVectors = kHeads > 4 ? 2 : 4, kColumns = kVectors * kLanes;
+  const auto columns = [&](int d, int count) __attribute__((always_inline)) {
+    weighted_sum_columns<kDtype, kExact, kHeads, kVectors>(a, weights, weights_stride, d, count,
+                                                           out);
+  };
   int d = 0;
-  for (; d + kColumns <= a.dim; d += kColumns)
-    weighted_sum_columns<kDtype, kExact, kHeads>(a, weights, weights_stride, d, kColumns, out);
-  if (d < a.dim)
-    weighted_sum_columns<kDtype, kExact, kHeads>(a, weights, weights_stride, d, a.dim - d, out);
+  for (; d + kColumns <= a.dim; d += kColumns) columns(d, kColumns);
+  if (d < a.dim) columns(d, a.dim - d);
 }
 
 void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads,
                   int64_t weights_stride, float* out) {
-  int h = 0;
-  const auto pass = [&](auto sums) {
-    sums(a, weights + h * weights_stride, weights_stride, out + h * a.dim);
-  };
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
-    if (exact)
-      for (; h < heads; ++h) pass(weighted_sums<kDtype, true, 1>);
-    for (; h + 4 <= heads; h += 4) pass(weighted_sums<kDtype, false, 4>);
-    for (; h < heads; ++h) pass(weighted_sums<kDtype, false, 1>);
+    if (exact) {
+      for (int h = 0; h < heads; ++h)
+        weighted_sums<kDtype, true, 1>(a, weights + h * weights_stride, weights_stride,
+                                       out + h * a.dim);
+      return;
+    }
+    with_heads(heads, [&](int h, auto count) {
+      weighted_sums<kDtype, false, count()>(a, weights + h * weights_stride, weights_stride,
+                                            out + h * a.dim);
+    });
   });
 }
 

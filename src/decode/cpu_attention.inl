@@ -1,14 +1,25 @@
 // Attention of the CPU step. exact: a task is one head over its whole context, in stock's order.
-// fp32 modes: a task is up to kHeads heads of one key head over kChunk slots, so that a slot is
-// read once for all of them; each chunk leaves its maximum, its sum of exponentials and its
-// weighted sum of values, and the chunks are merged in ascending order.
+// fp32 modes: a task is up to kHeads heads of one key head over a chunk of the slots, so that a
+// slot is read once for all of them; each chunk leaves its maximum, its sum of exponentials and its
+// weighted sum of values, and the chunks are merged in ascending order. How a row is cut depends on
+// its length alone.
 #pragma once
 
 #include "decode/cpu_worker.h"
 
 namespace moefuse {
 
-constexpr int kChunk = 256, kHeads = 10;
+constexpr int kHeads = 32, kMostChunks = 32;
+
+// Slots in a chunk of a row that attends to n: enough chunks to go round, not so many that the
+// merge costs.
+inline int chunk_slots(int n) {
+  constexpr int kLeast = 128;
+  return (n + kLeast * kMostChunks - 1) / (kLeast * kMostChunks) * kLeast;
+}
+inline int chunk_count(int n) {
+  return (n + chunk_slots(n) - 1) / chunk_slots(n);
+}
 
 template <class A>
 cpu::RowsArgs CpuStep<A>::Worker::cached(bool keys, int r, int head) const {
@@ -40,7 +51,7 @@ template <class A>
 void CpuStep<A>::Worker::run(const GroupedAttention& s) {
   const int kv = s.kv_heads, dim = s.head_dim, each = s.heads + 2 * kv;
   const auto scale = static_cast<A>(s.scale);
-  team_.share(rows() * each, [&](int task) {
+  team_.share(thread_, rows() * each, [&](int task) {
     const int r = task / each, head = task % each, position = shared_.rows[r].position;
     if (head < s.heads) {
       A* q = shared_.q.data() + (int64_t(r) * s.heads + head) * dim;
@@ -71,7 +82,7 @@ void CpuStep<A>::Worker::run(const LatentQuery& s) {
   const int q_width = s.heads * head_dim;
   scratch_.resize(int64_t(rows()) * (q_width + s.nope_dim));
   A* nope = scratch_.data() + int64_t(rows()) * q_width;
-  team_.share(s.heads + 1, [&](int head) {
+  team_.share(thread_, s.heads + 1, [&](int head) {
     if (head == s.heads) {
       for (int r = 0; r < rows(); ++r) {
         A* latent = shared_.k.data() + int64_t(r) * (s.latent_dim + s.rope_dim);
@@ -99,7 +110,7 @@ void CpuStep<A>::Worker::run(const LatentQuery& s) {
 template <class A>
 void CpuStep<A>::Worker::run(const LatentAttention& s) {
   const auto scale = static_cast<A>(s.scale);
-  team_.share(rows() * s.heads, [&](int task) {
+  team_.share(thread_, rows() * s.heads, [&](int task) {
     A* latent = shared_.q_latent.data() + int64_t(task) * s.latent_dim;
     A* rotary = shared_.q_rope.data() + int64_t(task) * s.rope_dim;
     for (int i = 0; i < s.latent_dim; ++i) latent[i] = scale * latent[i];
@@ -113,7 +124,7 @@ template <class A>
 void CpuStep<A>::Worker::run(const LatentOutput& s) {
   const int heads = s.unembed.count, latent = s.unembed.cols, values = s.unembed.rows;
   scratch_.resize(int64_t(rows()) * latent);
-  team_.share(heads, [&](int head) {
+  team_.share(thread_, heads, [&](int head) {
     for (int r = 0; r < rows(); ++r)
       std::copy_n(shared_.latents.data() + (int64_t(r) * heads + head) * latent, latent,
                   scratch_.data() + int64_t(r) * latent);
@@ -128,15 +139,15 @@ template <class A>
 void CpuStep<A>::Worker::attend(std::initializer_list<Part> parts, bool values_in_keys, int heads,
                                 A* out) {
   if constexpr (kExact<A>) {
-    team_.share(rows() * heads,
+    team_.share(thread_, rows() * heads,
                 [&](int task) { attend_exact(parts, values_in_keys, heads, task, out); });
   } else {
     const int kv = shared_.cache_shape.kv_heads;
     const int groups = kv * ((heads / kv + kHeads - 1) / kHeads);
-    team_.share(rows() * groups * chunks(),
+    team_.share(thread_, rows() * groups * chunks(),
                 [&](int task) { attend_chunk(parts, values_in_keys, heads, task); });
     const int dim = values_in_keys ? shared_.cache_shape.key_dim : shared_.cache_shape.value_dim;
-    team_.share(rows() * heads, [&](int task) { merge_chunks(heads, dim, task, out); });
+    team_.share(thread_, rows() * heads, [&](int task) { merge_chunks(heads, dim, task, out); });
   }
 }
 
@@ -170,8 +181,9 @@ void CpuStep<A>::Worker::attend_exact(std::initializer_list<Part> parts, bool va
 template <class A>
 int CpuStep<A>::Worker::chunks() const {
   int most = 0;
-  for (const StepRow& row : shared_.rows) most = std::max(most, row.slot - row.first + 1);
-  return (most + kChunk - 1) / kChunk;
+  for (const StepRow& row : shared_.rows)
+    most = std::max(most, chunk_count(row.slot - row.first + 1));
+  return most;
 }
 
 // Leaves, for each head of the task: the maximum, the sum, the weighted values.
@@ -185,42 +197,47 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   const int r = group / groups / shared_.cache_shape.kv_heads;
   const int head = kv_head * per_kv + group % groups * kHeads;
   const int count = std::min(kHeads, (kv_head + 1) * per_kv - head);
+  const int slots = chunk_slots(shared_.rows[r].slot - shared_.rows[r].first + 1);
   const auto slice = [&](bool keys) {
     cpu::RowsArgs rows = cached(keys, r, kv_head);
     const int size = rows.dtype == cpu::Dtype::float32 ? 4 : 2;
-    rows.data = static_cast<const char*>(rows.data) + int64_t(chunk) * kChunk * rows.dim * size;
-    rows.rows = std::min(kChunk, rows.rows - chunk * kChunk);
+    rows.data = static_cast<const char*>(rows.data) + int64_t(chunk) * slots * rows.dim * size;
+    rows.rows = std::min(slots, rows.rows - chunk * slots);
     return rows;
   };
   const cpu::RowsArgs values = slice(values_in_keys);
   const int n = values.rows, dim = values.dim;
   if (n <= 0) return;
-  floats_.resize(2 * kHeads * kChunk);
-  float *scores = floats_.data(), *more = scores + kHeads * kChunk;
+  // The values are read in columns, which no hardware foresees; the keys' pass gives them time.
+  const int64_t value_bytes = int64_t(n) * dim * (values.dtype == cpu::Dtype::float32 ? 4 : 2);
+  for (int64_t i = 0; !values_in_keys && i < value_bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(values.data) + i, 0, 2);
+  floats_.resize(2 * size_t(count) * slots);
+  float *scores = floats_.data(), *more = scores + count * slots;
   for (const Part& part : parts) {
     const cpu::RowsArgs keys = slice(part.keys);
     const auto* q =
         reinterpret_cast<const float*>(part.queries) + (int64_t(r) * heads + head) * keys.dim;
     const bool first = &part == parts.begin();
-    cpu::kernels().dots(false, keys, q, count, first ? scores : more, kChunk);
+    cpu::kernels().dots(false, keys, q, count, first ? scores : more, slots);
     if (!first)
-      for (int i = 0; i < count * kChunk; ++i) scores[i] += more[i];
+      for (int i = 0; i < count * slots; ++i) scores[i] += more[i];
   }
-  sums_.resize(kHeads * dim);
+  sums_.resize(size_t(count) * dim);
   float* partial = shared_.partial.data();
   const auto at = [&](int h) {
     return partial + ((int64_t(r) * heads + head + h) * chunks() + chunk) * (dim + 2);
   };
   for (int h = 0; h < count; ++h)
-    at(h)[1] = cpu::kernels().exponentials(scores + h * kChunk, n, at(h));
-  cpu::kernels().weighted_sum(false, values, scores, count, kChunk, sums_.data());
+    at(h)[1] = cpu::kernels().exponentials(scores + h * slots, n, at(h));
+  cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
   for (int h = 0; h < count; ++h) std::copy_n(sums_.data() + h * dim, dim, at(h) + 2);
 }
 
 template <class A>
 void CpuStep<A>::Worker::merge_chunks(int heads, int dim, int task, A* out) const {
   const StepRow& row = shared_.rows[task / heads];
-  const int n = (row.slot - row.first) / kChunk + 1;
+  const int n = chunk_count(row.slot - row.first + 1);
   const float* partial = shared_.partial.data() + int64_t(task) * chunks() * (dim + 2);
   float top = partial[0];
   for (int c = 1; c < n; ++c) top = std::max(top, partial[int64_t(c) * (dim + 2)]);

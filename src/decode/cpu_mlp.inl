@@ -41,7 +41,7 @@ void CpuStep<A>::Worker::run(const Router& s) {
   } else {
     constexpr int kRows = 16;
     const int hidden = config_.hidden_size;
-    team_.share((s.experts + kRows - 1) / kRows, [&](int block) {
+    team_.share(thread_, (s.experts + kRows - 1) / kRows, [&](int block) {
       const int begin = block * kRows, count = std::min(kRows, s.experts - begin);
       const cpu::RowsArgs gate{
           s.dense_gate->template data<char>() + int64_t(begin) * hidden * s.dense_gate->itemsize(),
@@ -64,6 +64,7 @@ void CpuStep<A>::Worker::gate_up(Inputs<A>& x, int first, int count,
                                  A* out, int begin, int end) {
   const int64_t width = gate.rows;
   scratch_.resize(std::max<size_t>(scratch_.size(), count * width));
+  fetch(up, begin);
   x.project(gate, first, count, out, width, begin, end);
   x.project(up, first, count, scratch_.data(), width, begin, end);
   for (int i = 0; i < count; ++i) {
@@ -78,19 +79,20 @@ void CpuStep<A>::Worker::gate_up(Inputs<A>& x, int first, int count,
 
 template <class A>
 void CpuStep<A>::Worker::run(const ExpertsGateUp& s) {
-  const int width = s.gate.rows, blocks = (width + kBlock - 1) / kBlock;
+  constexpr int kRows = kWideBlock;
+  const int width = s.gate.rows, blocks = (width + kRows - 1) / kRows;
   const int routed = static_cast<int>(slots_.groups.size()) * blocks;
   const int shared_width = s.shared_gate ? s.shared_gate->rows : 0;
   const int k = config_.num_experts_per_tok;
-  team_.share(routed + (shared_width + kBlock - 1) / kBlock, [&](int task) {
+  team_.share(thread_, routed + (shared_width + kRows - 1) / kRows, [&](int task) {
     if (task >= routed) {
-      const int begin = (task - routed) * kBlock, end = std::min(begin + kBlock, shared_width);
+      const int begin = (task - routed) * kRows, end = std::min(begin + kRows, shared_width);
       gate_up(x_, 0, rows(), view(*s.shared_gate), view(*s.shared_up), shared_.shared_inner.data(),
               begin, end);
       return;
     }
     const cpu::Group& group = slots_.groups[task / blocks];
-    const int begin = task % blocks * kBlock, end = std::min(begin + kBlock, width);
+    const int begin = task % blocks * kRows, end = std::min(begin + kRows, width);
     const auto gate = view(s.gate, group.expert), up = view(s.up, group.expert);
     for (int p = group.begin, next; p < group.end; p = next) {
       const int row = slots_.order[p] / k;  // rows that follow each other go in one pass
@@ -130,11 +132,14 @@ void CpuStep<A>::Worker::run(const ExpertsDown& s) {
     shared_inner_.set(shared_.shared_inner.data(), rows(), s.shared_down->cols);
     scratch_.resize(std::max<size_t>(scratch_.size(), int64_t(rows()) * hidden));
   }
-  team_.share((hidden + kBlock - 1) / kBlock, [&](int block) {
-    const int begin = block * kBlock, end = std::min(begin + kBlock, hidden);
-    for (const cpu::Group& g : slots_.groups)
+  team_.share(thread_, (hidden + kWideBlock - 1) / kWideBlock, [&](int block) {
+    const int begin = block * kWideBlock, end = std::min(begin + kWideBlock, hidden);
+    for (size_t i = 0; i < slots_.groups.size(); ++i) {
+      const cpu::Group& g = slots_.groups[i];
+      if (i + 1 < slots_.groups.size()) fetch(view(s.down, slots_.groups[i + 1].expert), begin);
       inner_.project(view(s.down, g.expert), g.begin, g.end - g.begin,
                      down_.data() + int64_t(g.begin) * hidden, hidden, begin, end);
+    }
     if (s.shared_down)
       shared_inner_.project(view(*s.shared_down), scratch_.data(), hidden, begin, end);
     combine_experts(s, begin, end);
@@ -145,10 +150,10 @@ template <class A>
 void CpuStep<A>::Worker::run(const DenseGateUp& s) {
   Inputs<A>& x = normed(s.norm);
   const auto gate = view(s.gate), up = view(s.up);
-  team_.share((gate.rows + kBlock - 1) / kBlock, [&](int block) {
-    const int begin = block * kBlock;
+  team_.share(thread_, (gate.rows + kWideBlock - 1) / kWideBlock, [&](int block) {
+    const int begin = block * kWideBlock;
     gate_up(x, 0, rows(), gate, up, shared_.inner.data(), begin,
-            std::min(begin + kBlock, gate.rows));
+            std::min(begin + kWideBlock, gate.rows));
   });
 }
 

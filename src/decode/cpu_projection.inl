@@ -39,7 +39,7 @@ template <class A>
 void CpuStep<A>::Worker::products(Inputs<A>& x, std::initializer_list<Product> list) {
   int blocks = 0;
   for (const Product& p : list) blocks += (p.w.rows + kBlock - 1) / kBlock;
-  team_.share(blocks, [&](int block) {
+  team_.share(thread_, blocks, [&](int block) {
     const Product* p = list.begin();
     for (int n; block >= (n = (p->w.rows + kBlock - 1) / kBlock); ++p) block -= n;
     const int begin = block * kBlock;
@@ -52,7 +52,7 @@ void CpuStep<A>::Worker::add_products(Inputs<A>& x, const Matrix& w) {
   const cpu::QuantizedMatrix matrix = view(w);
   const int hidden = config_.hidden_size;
   scratch_.resize(int64_t(rows()) * hidden);
-  team_.share((hidden + kBlock - 1) / kBlock, [&](int block) {
+  team_.share(thread_, (hidden + kBlock - 1) / kBlock, [&](int block) {
     const int begin = block * kBlock, end = std::min(begin + kBlock, hidden);
     x.project(matrix, scratch_.data(), hidden, begin, end);
     for (int r = 0; r < rows(); ++r) {
@@ -67,7 +67,7 @@ template <class A>
 void CpuStep<A>::Worker::run(const Embed& s) {
   const Matrix& t = s.table;
   const int words = t.cols * t.bits / 32, groups = t.cols / t.group_size, per_word = 32 / t.bits;
-  team_.share(rows(), [&](int r) {
+  team_.share(thread_, rows(), [&](int r) {
     const int64_t token = shared_.rows[r].token;
     const uint32_t* word = t.weight.data<uint32_t>() + token * words;
     A* out = shared_.hidden.data() + int64_t(r) * t.cols;

@@ -103,10 +103,11 @@ CpuStep<A>::Shared::Shared(const Plan& plan, Accumulate accumulate, int threads)
 }
 
 template <class A>
-CpuStep<A>::Worker::Worker(const Plan& plan, Shared& shared)
+CpuStep<A>::Worker::Worker(const Plan& plan, Shared& shared, int thread)
     : config_(plan.config),
       shared_(shared),
       team_(shared.team),
+      thread_(thread),
       x_(shared.dot),
       inner_(shared.dot),
       shared_inner_(shared.dot),
@@ -117,7 +118,7 @@ CpuStep<A>::CpuStep(const Plan& plan, Accumulate accumulate)
     : plan_(converted<A>(plan)), times_(plan.stages.size()) {
   shared_ = std::make_unique<Shared>(plan_, accumulate, cpu::num_threads());
   for (int t = 0; t < shared_->team.threads(); ++t)
-    workers_.push_back(std::make_unique<Worker>(plan_, *shared_));
+    workers_.push_back(std::make_unique<Worker>(plan_, *shared_, t));
 }
 
 template <class A>
@@ -129,17 +130,13 @@ void CpuStep<A>::run(const std::vector<StepRow>& rows, const std::vector<CacheVi
   shared_->rows = rows;
   shared_->caches = caches;
   shared_->logits = logits;
-  int longest = 0, last = 0;
-  for (const StepRow& row : rows) {
-    longest = std::max(longest, row.slot - row.first + 1);
-    last = std::max(last, row.position);
-  }
+  int last = 0;
+  for (const StepRow& row : rows) last = std::max(last, row.position);
   shared_->rope.reserve(last + 1, mlx_dtype<A>());
   if constexpr (!kExact<A>) {
-    const int64_t heads = plan_.config.num_attention_heads,
-                  chunks = (longest + kChunk - 1) / kChunk;
     const int dim = std::max(plan_.cache.key_dim, plan_.cache.value_dim);
-    const size_t size = rows.size() * heads * chunks * (dim + 2);
+    const size_t size =
+        rows.size() * plan_.config.num_attention_heads * kMostChunks * size_t(dim + 2);
     if (shared_->partial.size() < size) shared_->partial.resize(size);
   }
   const auto work = [&](int thread) {

@@ -8,6 +8,8 @@
 namespace moefuse {
 
 constexpr int kBlock = 64;  // rows of a matrix in a block: some 70 kB, two microseconds of reading
+// Where a task reads several matrices in turn: rows of each, enough for a stream to get going.
+constexpr int kWideBlock = 128;
 
 // Buffers between the stages, [rows, ...] each.
 template <class A>
@@ -38,7 +40,7 @@ struct CpuStep<A>::Shared {
 template <class A>
 class CpuStep<A>::Worker {
  public:
-  Worker(const Plan& plan, Shared& shared);
+  Worker(const Plan& plan, Shared& shared, int thread);
 
   void set_layer(int layer) { layer_ = layer; }
   void run(const Embed& s);
@@ -92,6 +94,7 @@ class CpuStep<A>::Worker {
   const ModelConfig& config_;
   Shared& shared_;
   Team& team_;
+  const int thread_;
   int layer_ = -1;
   Inputs<A> x_, inner_, shared_inner_;
   std::vector<A> normed_, scratch_, down_, scores_;

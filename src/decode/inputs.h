@@ -27,6 +27,17 @@ inline cpu::QuantizedMatrix view(const Matrix& m, int64_t index = 0) {
           m.bits};
 }
 
+// Asks for the first bytes of w's rows from `row` on: the kernel itself looks no further ahead than
+// this, and only along the rows that it was given.
+inline void fetch(const cpu::QuantizedMatrix& w, int row) {
+  constexpr int kBytes = 4096, kLine = 64;
+  const int64_t groups = w.cols / w.group_size;
+  const char* codes = reinterpret_cast<const char*>(w.weight) + int64_t(row) * w.cols * w.bits / 8;
+  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch(codes + i, 0, 2);
+  for (const void* part : {w.scales, w.biases})
+    __builtin_prefetch(static_cast<const char*>(part) + row * groups * 2, 0, 2);
+}
+
 template <class A>
 class Inputs {
  public:

@@ -47,7 +47,7 @@ std::vector<Case> cases() {
   for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32}) {
     for (int dim : {1, 15, 16, 31, 64, 100, 128})
       for (int rows : {1, 3, 4, 17, 70}) all.push_back({rows, dim, rows % 4 + 2, dtype});
-    for (int heads = 1; heads <= 9; ++heads) all.push_back({21, 80, heads, dtype});
+    for (int heads = 1; heads <= 12; ++heads) all.push_back({21, 80, heads, dtype});
     all.push_back({300, 576, 5, dtype});
   }
   return all;
@@ -200,7 +200,7 @@ TEST(Attention, EveryInstructionSetGivesTheBitsOfPlain) {
 }
 
 TEST(Attention, HeadsAndRowsDoNotSeeTheirNeighbours) {
-  for (int heads = 1; heads <= 9; ++heads) {
+  for (int heads = 1; heads <= 12; ++heads) {
     const Problem p({23, 80, heads, Dtype::bfloat16});
     const Floats dots = p.dots(kernels(), false), sums = p.weighted_sum(kernels(), false);
     RowsArgs last = p.rows();

@@ -140,6 +140,36 @@ def test_float32_models_meet_the_oracle(family, accumulate, stepping):
     assert rms(ours[:, ::-1], stock) > bound  # the comparison can fail
 
 
+@pytest.mark.parametrize("context", [126, 127, 128, 300, 4095, 5000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_contexts_meet_the_oracle(family, context, stepping):
+    """One token after a cache of random keys and values, at the edges of the attention's chunks."""
+    model = tiny(family, mx.float32, max_position_embeddings=8192)
+    held = make_prompt_cache(model)
+    model(prompt(1), cache=held)
+    shapes = [(c.keys.shape, c.values.shape) for c in held]
+
+    def logits() -> np.ndarray:
+        cache = make_prompt_cache(model)
+        for number, (c, both) in enumerate(zip(cache, shapes, strict=True)):
+            keys = [mx.random.key(2 * number + i) for i in range(2)]
+            made = [
+                mx.random.normal((1, heads, context + 8, dim), key=key)
+                for (_, heads, _, dim), key in zip(both, keys, strict=True)
+            ]
+            c.keys, c.values = made
+            c.offset = context
+        return np.array(model(mx.array([[5]]), cache=cache)[0, -1]).astype(np.float64)
+
+    stock = logits()
+    report = stepping(model, "fp32_no_fma")
+    ours = logits()
+    assert report.calls["step"] == 1
+    # As above; the sums over the context are longer, but their weights sum to one.
+    bound = 2.0**-24 * 64 * 3 * 8 * np.abs(stock).max()
+    assert np.abs(ours - stock).max() <= bound
+
+
 def test_exact_refuses_float32_with_a_reason(stepping):
     report = stepping(tiny("qwen", mx.float32))
     assert report.modules_patched == 0
@@ -202,7 +232,8 @@ def batch_of(caches: list) -> list:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_of_a_batch_is_the_row_alone(family, accumulate, stepping):
     model = tiny(family)
-    prompts = [prompt(length, seed=length)[0] for length in (3, 9, 5)]
+    # Of one, three and two chunks of the fp32 modes' attention.
+    prompts = [prompt(length, seed=length)[0] for length in (3, 300, 140)]
     caches = []
     for ids in prompts:
         cache = make_prompt_cache(model)

@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx_lm
 from mlx_lm.utils import load_model
 
+from .. import _core
 from . import LabError
 
 FAMILIES = {"qwen3_moe": "qwen", "glm4_moe_lite": "glm"}
@@ -243,6 +244,10 @@ def load_weights(checkpoint: Checkpoint, lazy: bool = False):
 
 
 def load(checkpoint: Checkpoint):
-    """(model, tokenizer) exactly as mlx_lm.load gives them."""
+    """(model, tokenizer) exactly as mlx_lm.load gives them.
+
+    Raises ValueError, before a weight is read, with the estimate where it exceeds the free memory.
+    """
+    _core.check_memory(checkpoint.name, sum(f.stat().st_size for f in checkpoint.weight_files))
     load_weights(checkpoint, lazy=True)  # cheap: shapes only, so the error names the folder
     return mlx_lm.load(str(checkpoint.path))
