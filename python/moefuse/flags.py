@@ -29,21 +29,21 @@ _GLM_COMBINE = {
         ("", "default", "auto", "fp32_no_fma_row_tile", "fp32_no_fma_weighted_sum"), "fp32_no_fma"
     ),
 }
-ZMLX_FLAGS = {
-    "GLM": (
-        "ZMLX_GLM_COMBINE_MODE",
-        "ZMLX_GLM_FUSED_SWIGLU",
-        "ZMLX_GLM_FUSED_DOWNPROJ_COMBINE",
-    ),
-    "QWEN": (
-        "ZMLX_QWEN_COMBINE_MODE",
-        "ZMLX_QWEN_FUSED_SWIGLU",
-        "ZMLX_QWEN_FUSED_DOWNPROJ_COMBINE",
-        "ZMLX_QWEN_FUSED_ROUTER_TOPK",
-        "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS",
-        "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK",
-    ),
-}
+_GLM_FLAGS = (
+    "ZMLX_GLM_COMBINE_MODE",
+    "ZMLX_GLM_FUSED_SWIGLU",
+    "ZMLX_GLM_FUSED_DOWNPROJ_COMBINE",
+)
+_QWEN_FLAGS = (
+    "ZMLX_QWEN_COMBINE_MODE",
+    "ZMLX_QWEN_FUSED_SWIGLU",
+    "ZMLX_QWEN_FUSED_DOWNPROJ_COMBINE",
+    "ZMLX_QWEN_FUSED_ROUTER_TOPK",
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS",
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK",
+)
+# Qwen3-Next and Qwen3.5 read Qwen's flags, but ZMLX turns SwiGLU and the logits router on there.
+ZMLX_FLAGS = {"GLM": _GLM_FLAGS, "QWEN": _QWEN_FLAGS, "QWEN_NEXT": _QWEN_FLAGS}
 OWN_FLAGS = ("MOEFUSE_VARIANTS", "MOEFUSE_ACCUMULATE", "MOEFUSE_DISABLE")
 
 
@@ -61,7 +61,7 @@ class Request:
 def in_force(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The flags that are set, by name."""
     env = os.environ if env is None else env
-    known = (*OWN_FLAGS, *ZMLX_FLAGS["GLM"], *ZMLX_FLAGS["QWEN"])
+    known = (*OWN_FLAGS, *_GLM_FLAGS, *_QWEN_FLAGS)
     return {name: env[name] for name in known if name in env}
 
 
@@ -120,11 +120,11 @@ def _zmlx_glm(env: Mapping[str, str]) -> Request:
     )
 
 
-def _zmlx_qwen(env: Mapping[str, str]) -> Request:
+def _zmlx_qwen(env: Mapping[str, str], by_default: bool) -> Request:
     mode = _combine(env, "ZMLX_QWEN_COMBINE_MODE", "off", _COMBINE)
-    logits = _router_mode(env) == "logits"
+    logits = _router_mode(env, by_default) == "logits"
     experts = _switch(env, "ZMLX_QWEN_FUSED_DOWNPROJ_COMBINE")
-    swiglu = not experts and _switch(env, "ZMLX_QWEN_FUSED_SWIGLU")
+    swiglu = not experts and _switch(env, "ZMLX_QWEN_FUSED_SWIGLU", by_default)
     combine = not experts and mode != "off"
     named = (("router", logits), ("experts", experts), ("swiglu", swiglu), ("combine", combine))
     return Request(
@@ -134,9 +134,9 @@ def _zmlx_qwen(env: Mapping[str, str]) -> Request:
     )
 
 
-def _router_mode(env: Mapping[str, str]) -> str:
+def _router_mode(env: Mapping[str, str], by_default: bool = False) -> str:
     topk = _switch(env, "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK")  # only refines the next one
-    on = _switch(env, "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS")
+    on = _switch(env, "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS", by_default)
     if topk and not on:
         _fail(
             "flags",
@@ -153,7 +153,7 @@ def resolve(
     accumulate: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Request:
-    """What to patch in a family whose flags carry `prefix` ("QWEN" or "GLM").
+    """What to patch in a family whose flags carry `prefix`: "QWEN", "QWEN_NEXT" or "GLM".
 
     An argument decides what it names; the router's mode has no argument, so its flag decides
     wherever the router is patched. Raises ValueError naming the flag or argument, what was
@@ -161,7 +161,9 @@ def resolve(
     """
     env = os.environ if env is None else env
     accumulate = check_accumulate(accumulate)
-    mode = _router_mode(env) if prefix == "QWEN" else "exact"
+    flagged = any(name in env for name in ZMLX_FLAGS[prefix])
+    by_default = flagged and prefix == "QWEN_NEXT"
+    mode = "exact" if prefix == "GLM" else _router_mode(env, by_default)
     if variants is not None:
         return Request(check_variants(variants), accumulate or "exact", mode)
     if _switch(env, "MOEFUSE_DISABLE"):
@@ -171,9 +173,9 @@ def resolve(
         names = [] if text == "stock" else text.replace("+", ",").split(",")
         found = check_variants([name.strip() for name in names], "MOEFUSE_VARIANTS")
         return Request(found, accumulate or own or "exact", mode)
-    if not any(name in env for name in ZMLX_FLAGS[prefix]):
+    if not flagged:
         return Request(DEFAULT_VARIANTS, accumulate or own or "exact")
-    asked = _zmlx_glm(env) if prefix == "GLM" else _zmlx_qwen(env)
+    asked = _zmlx_glm(env) if prefix == "GLM" else _zmlx_qwen(env, by_default)
     if accumulate or own:
         return Request(asked.variants, accumulate or own, asked.router_mode)
     return asked
