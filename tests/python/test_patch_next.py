@@ -5,7 +5,16 @@ from __future__ import annotations
 import mlx.core as mx
 import moefuse
 import pytest
-from patch_support import DTYPES, NEXT_FAMILIES, blocks, decode, prompt, same_bits, same_decode, tiny
+from patch_support import (
+    DTYPES,
+    NEXT_FAMILIES,
+    blocks,
+    decode,
+    prompt,
+    same_bits,
+    same_decode,
+    tiny,
+)
 
 VARIANTS = [("router",), ("experts",), ("swiglu",), ("combine",), ("router", "experts")]
 
