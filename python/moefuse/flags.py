@@ -44,7 +44,8 @@ _QWEN_FLAGS = (
 )
 # Qwen3-Next and Qwen3.5 read Qwen's flags, but ZMLX turns SwiGLU and the logits router on there.
 ZMLX_FLAGS = {"GLM": _GLM_FLAGS, "QWEN": _QWEN_FLAGS, "QWEN_NEXT": _QWEN_FLAGS}
-OWN_FLAGS = ("MOEFUSE_VARIANTS", "MOEFUSE_ACCUMULATE", "MOEFUSE_DISABLE")
+OWN_FLAGS = ("MOEFUSE_VARIANTS", "MOEFUSE_ACCUMULATE", "MOEFUSE_DISABLE", "MOEFUSE_LOG")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -179,3 +180,17 @@ def resolve(
     if accumulate or own:
         return Request(asked.variants, accumulate or own, asked.router_mode)
     return asked
+
+
+def check(env: Mapping[str, str] | None = None) -> str | None:
+    """Read every flag, so that a bad one is told before a model is loaded; MOEFUSE_LOG's level.
+
+    Raises ValueError naming the flag, what was expected and what came.
+    """
+    env = os.environ if env is None else env
+    for prefix in ZMLX_FLAGS:
+        resolve(prefix, env=env)
+    level = env.get("MOEFUSE_LOG", "").strip().lower() or None
+    if level is not None and level not in _LOG_LEVELS:
+        _fail("flags", "MOEFUSE_LOG", f"one of {_LOG_LEVELS}", env["MOEFUSE_LOG"])
+    return level
