@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .lab import LabError
 
@@ -67,8 +68,8 @@ def _guarded(command: Callable) -> Callable:
     return run
 
 
-def _tell(line: str) -> None:
-    """A line of plain text on stdout, never wrapped."""
+def _tell(line: str | Text) -> None:
+    """A line on stdout, never wrapped; its styles, if any, show on a terminal only."""
     out_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -127,7 +127,9 @@ def test_doctor(repo):
     good, bad = found["models"]
     assert good["fused"]["router"]["modules"] == 2
     assert "expected a model folder" in bad["error"]
-    assert "2 modules" in run("doctor", "models/tiny").stdout
+    lines = run("doctor", "models/tiny", "models/none").stdout.splitlines()
+    assert re.match(r"  router +fused in 2 blocks$", lines[-7]) and "expected a" in lines[-1]
+    assert len(lines) < 24  # one screen
 
 
 @pytest.mark.parametrize("accumulate", ["fp32_no_fma", "exact"])
@@ -181,3 +183,23 @@ def test_generate_is_the_same_text_patched_and_unpatched(repo):
     assert plain.exit_code == patched.exit_code == 0, plain.output
     assert plain.stdout == patched.stdout
     assert plain.stdout.strip()
+
+
+def test_doctor_on_a_family_that_the_lab_does_not_measure(tmp_path):
+    """The real engine: Qwen3-Next's blocks are fused, its step is not there, and both are said."""
+    import patch_support
+    from mlx_lm.utils import save_model
+
+    save_model(tmp_path, patch_support.tiny("qwen3_next"))
+    settings = {"quantization": {"group_size": 32, "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps({**patch_support.NEXT, **settings}))
+    (model,) = json.loads(run("doctor", tmp_path, "--json").stdout)["models"]
+    assert (model["model_type"], model["geometry"]) == ("qwen3_next", {})
+    assert model["fused"]["experts"] == {
+        "modules": 2, "patterns": ["moe_experts"], "fallbacks": {},
+    }  # fmt: skip
+    assert model["fused"]["step"]["modules"] == 0
+    assert "expected qwen3_moe or glm4_moe_lite" in next(iter(model["fused"]["step"]["fallbacks"]))
+    assert re.search(r"^  step +stock: step: .*qwen3_next", run("doctor", tmp_path).stdout, re.M)
+    (tmp_path / "config.json").write_text("{")
+    assert "expected JSON" in run("doctor", tmp_path).stdout
