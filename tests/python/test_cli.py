@@ -128,7 +128,7 @@ def test_doctor(repo):
     assert good["fused"]["router"]["modules"] == 2
     assert "expected a model folder" in bad["error"]
     lines = run("doctor", "models/tiny", "models/none").stdout.splitlines()
-    assert re.match(r"  router +fused in 2 blocks$", lines[-7]) and "expected a" in lines[-1]
+    assert re.match(r"  router +fused in 2 blocks$", lines[-8]) and "expected a" in lines[-1]
     assert len(lines) < 24  # one screen
 
 
@@ -183,6 +183,14 @@ def test_generate_is_the_same_text_patched_and_unpatched(repo):
     assert plain.exit_code == patched.exit_code == 0, plain.output
     assert plain.stdout == patched.stdout
     assert plain.stdout.strip()
+    found = json.loads(run(*words, "router", "--json").stdout)
+    assert found["text"].rstrip("\n") == plain.stdout.rstrip("\n")
+    assert found["tokens"] == 12 and found["finish_reason"] == "length"
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\S*\n", result.stdout)
 
 
 def test_doctor_on_a_family_that_the_lab_does_not_measure(tmp_path):
