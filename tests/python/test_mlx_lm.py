@@ -199,6 +199,8 @@ CONVERSIONS = {
         ("moe_router", "step"),
         "differ in bits",
     ),
+    "mxfp4": ({"q_mode": "mxfp4", "q_group_size": 32}, OPS[:1], "quantised as mxfp4"),
+    "nvfp4": ({"q_mode": "nvfp4", "q_group_size": 16}, OPS[:1], "quantised as nvfp4"),
     "mixed_4_6": ({"quant_predicate": "mixed_4_6"}, OPS, "has 6 bits"),
 }
 
@@ -213,8 +215,9 @@ def test_what_convert_writes(name, full, tmp_path):
     def run():
         return mlx_lm.generate(model, tokenizer, PROMPTS[0], max_tokens=COUNT)
 
-    stock, (ops, _) = compared(model, run, ran=ran)
+    stock, (ops, step) = compared(model, run, ran=ran)
     assert len(stock) > 10
+    assert "step" in ran or any(text.startswith("step: [model]") for text in step.fallbacks)
     told = [text for text in ops.fallbacks if "_proj" in text]
     assert [reason in text for text in told] == [True] * len(told) if reason else not told
 
