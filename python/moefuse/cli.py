@@ -80,7 +80,8 @@ def _guarded(command: Callable) -> Callable:
             )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            err_console.print("interrupted; what was finished is kept (bench --resume goes on)")
+            kept = "; what was finished is kept, --resume goes on"
+            err_console.print("interrupted" + (kept if command.__name__ == "bench" else ""))
             raise typer.Exit(130) from None
 
     return run
