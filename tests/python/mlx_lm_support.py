@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,15 +49,21 @@ def said(output: str) -> str:
 
 def same_command(*words, stdin: str = "", fused: dict[str, str] = FUSED) -> str:
     """Run an mlx_lm command on stock and once for each way to patch it; what all of them said."""
-    stock = said(run("mlx_lm", *words, stdin=stdin).stdout)
-    for variants, told in fused.items():
-        done = run(
-            "moefuse.mlx_lm", *words, stdin=stdin,
-            MOEFUSE_VARIANTS=variants, MOEFUSE_LOG="info",
-        )  # fmt: skip
-        assert said(done.stdout) == stock, variants
-        assert told in done.stderr, done.stderr
-    return stock
+    with ThreadPoolExecutor(2) as pool:
+        stock = pool.submit(run, "mlx_lm", *words, stdin=stdin)
+        patched = {
+            told: pool.submit(
+                run, "moefuse.mlx_lm", *words, stdin=stdin,
+                MOEFUSE_VARIANTS=variants, MOEFUSE_LOG="info",
+            )
+            for variants, told in fused.items()
+        }  # fmt: skip
+        expected = said(stock.result().stdout)
+        for told, running in patched.items():
+            done = running.result()
+            assert said(done.stdout) == expected, told
+            assert told in done.stderr, done.stderr
+    return expected
 
 
 def unquantised(source: Path, target: Path) -> Path:
