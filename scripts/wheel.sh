@@ -39,10 +39,25 @@ import zipfile
 from pathlib import Path
 
 (wheel,) = Path(sys.argv[1]).glob("*.whl")
-names = zipfile.ZipFile(wheel).namelist()
+archive = zipfile.ZipFile(wheel)
+names = archive.namelist()
 strays = [n for n in names if "libmlx" in n or n.endswith((".cpp", ".h"))]
 assert "manylinux" in wheel.name or "macosx" in wheel.name, wheel.name
 assert any("moefuse/_core" in n for n in names) and not strays, strays
+if "manylinux" in wheel.name:  # MLX brings CUDA where there is one: ours must load without it
+    import io
+    import re
+
+    from elftools.elf.elffile import ELFFile
+
+    (module,) = (n for n in names if re.search(r"moefuse/_core.*\.so$", n))
+    elf = ELFFile(io.BytesIO(archive.read(module)))
+    needed = [t.needed for t in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")]
+    undefined = [s.name for s in elf.get_section_by_name(".dynsym").iter_symbols()
+                 if s["st_shndx"] == "SHN_UNDEF"]
+    cuda = re.compile(r"^(lib)?(cu[A-Z]|cuda|nvrtc|nvidia)")
+    assert not [n for n in needed + undefined if cuda.match(n)], (needed, undefined)
+    print("needs", *needed)
 print(wheel.name, wheel.stat().st_size, "bytes")
 PY
 

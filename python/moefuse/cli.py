@@ -9,7 +9,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +18,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .lab import LabError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Fused MoE decode for MLX, and the lab that measures it.",
-    epilog="Exit codes: 0 done; 1 measured, and the answer is no; 2 bad input; 130 interrupted.",
+    help="Fused MoE decode for MLX, and the lab that measures it. mlx-lm's own commands on patched "
+    "models: python -m moefuse.mlx_lm.",
+    epilog="Example: moefuse doctor models/qwen3-moe-tiny\n\nExit codes: 0 done; 1 measured, and "
+    "the answer is no; 2 bad input; 130 interrupted.",
 )
 # A pipe has no width: keep tables whole there rather than cut them at 80 columns.
 out_console = Console(width=None if sys.stdout.isatty() else 140)
@@ -42,6 +45,22 @@ Variants = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of ledger, capsules, notebook and ranking.")]
 Prompts = Annotated[Path | None, typer.Option(help="prompts.json to use instead of the model's.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(_engine().__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say it and end."),
+    ] = False,
+) -> None:
+    pass
 
 
 def _engine():
@@ -61,14 +80,15 @@ def _guarded(command: Callable) -> Callable:
             )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            err_console.print("interrupted; what was finished is kept (bench --resume goes on)")
+            kept = "; what was finished is kept, --resume goes on"
+            err_console.print("interrupted" + (kept if command.__name__ == "bench" else ""))
             raise typer.Exit(130) from None
 
     return run
 
 
-def _tell(line: str) -> None:
-    """A line of plain text on stdout, never wrapped."""
+def _tell(line: str | Text) -> None:
+    """A line on stdout, never wrapped; its styles, if any, show on a terminal only."""
     out_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -158,6 +178,7 @@ def synth(
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; default: the real one.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder whose tokenizer to copy.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint with a real model's layer geometry and random 4-bit weights."""
     from .lab import synth as maker
@@ -176,10 +197,12 @@ def synth(
             seed=seed,
             tick=lambda n: bar.advance(task, n),
         )
-    _tell(
-        f"{out}: {like} geometry, {config['num_hidden_layers']} layers, "
-        f"vocabulary {config['vocab_size']}, seed {seed}",
-    )
+    layers, vocab = config["num_hidden_layers"], config["vocab_size"]
+    if as_json:
+        made = {"path": str(out), "like": like, "layers": layers, "vocab": vocab, "seed": seed}
+        _print_json(made)
+        return
+    _tell(f"{out}: {like} geometry, {layers} layers, vocabulary {vocab}, seed {seed}")
 
 
 @app.command(epilog="Example: moefuse bench models/qwen3-moe-tiny --variants router,experts")
@@ -322,14 +345,28 @@ def fidelity(
     if plant:
         names = list(faults.FAULTS) if plant == "all" else [plant]
         under = wanted[0] if variants else specs.STOCK
-        found = {name: (judge.check_fault(name, under), None) for name in names}
+        found = _each(model.name, names, lambda name: (judge.check_fault(name, under), None))
         bad = any(verdict.verdict != "fail" for verdict, _ in found.values())
     else:
-        found = {v.name: judge.check_tokens(v, tokens) for v in wanted}
+        by_name = {v.name: v for v in wanted}
+        found = _each(model.name, by_name, lambda name: judge.check_tokens(by_name[name], tokens))
         bad = any(verdict.verdict == "fail" or void for verdict, void in found.values())
     _show_fidelity(found, as_json)
     if bad:
         raise typer.Exit(1)
+
+
+def _each(model: str, names: Collection[str], check: Callable[[str], tuple]) -> dict[str, tuple]:
+    """check(name) for each name in turn, with its progress."""
+    found = {}
+    with _progress() as bar:
+        task = bar.add_task(model, total=len(names))
+        for done, name in enumerate(names, 1):
+            bar.update(task, description=f"{model} {name}")
+            _say(f"{model}: {name} ({done} of {len(names)})")
+            found[name] = check(name)
+            bar.advance(task)
+    return found
 
 
 def _show_fidelity(found: dict, as_json: bool) -> None:
@@ -440,8 +477,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Stream text from a patched model through mlx-lm."""
+    """Stream text from a patched model through mlx-lm; with --json, the text and what ran."""
     import mlx.core as mx
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -463,11 +501,26 @@ def generate(
         "sampler": make_sampler(temp=temp, top_p=top_p, min_p=min_p, top_k=top_k),
         "logits_processors": make_logits_processors(repetition_penalty=repetition_penalty),
     }
-    last = None
-    with specs.applied(loaded, variant, _engine()):
+    last, said = None, ""
+    with specs.applied(loaded, variant, _engine()) as report:
         for last in stream_generate(loaded, tokenizer, text, max_tokens=max_tokens, **sampling):
-            sys.stdout.write(last.text)
-            sys.stdout.flush()
+            said += last.text
+            if not as_json:
+                sys.stdout.write(last.text)
+                sys.stdout.flush()
+    if as_json:
+        _print_json(
+            {
+                "text": said,
+                "tokens": last.generation_tokens,
+                "tokens_per_s": last.generation_tps,
+                "finish_reason": last.finish_reason,
+                "variant": variant.name,
+                "calls": report.calls if report else {},
+                "fallbacks": report.fallbacks if report else {},
+            }
+        )
+        return
     sys.stdout.write("\n")
     if last is not None:
         _say(f"{variant.name}: {last.generation_tps:.1f} tokens/s, {last.finish_reason}")

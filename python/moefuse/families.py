@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -54,6 +54,10 @@ def _qwen_fused(block, x: mx.array, mode: str) -> tuple[mx.array, mx.array]:
     )
 
 
+def _qwen_next_shared(block, x: mx.array, y: mx.array) -> mx.array:
+    return y + mx.sigmoid(block["shared_expert_gate"](x)) * block["shared_expert"](x)
+
+
 def _glm_stock(block, x: mx.array) -> tuple[mx.array, mx.array]:
     return block["gate"](x)
 
@@ -84,18 +88,30 @@ def _glm_shared(block, x: mx.array, y: mx.array) -> mx.array:
     return y + block["shared_experts"](x) if "shared_experts" in block else y
 
 
+_QWEN = Family(
+    model_type="qwen3_moe",
+    flags="QWEN",
+    module="mlx_lm.models.qwen3_moe",
+    block="Qwen3MoeSparseMoeBlock",
+    top_k=lambda block: block.top_k,
+    route_stock=_qwen_stock,
+    route_fused=_qwen_fused,
+    router_reason=lambda block: None,
+    add_shared=lambda block, x, y: y,
+)
+# Its block has a gated shared expert beside the routed ones; Qwen3.5's MoE is the same class.
+_QWEN_NEXT = replace(
+    _QWEN,
+    model_type="qwen3_next",
+    flags="QWEN_NEXT",
+    module="mlx_lm.models.qwen3_next",
+    block="Qwen3NextSparseMoeBlock",
+    add_shared=_qwen_next_shared,
+)
 FAMILIES = {
-    "qwen3_moe": Family(
-        model_type="qwen3_moe",
-        flags="QWEN",
-        module="mlx_lm.models.qwen3_moe",
-        block="Qwen3MoeSparseMoeBlock",
-        top_k=lambda block: block.top_k,
-        route_stock=_qwen_stock,
-        route_fused=_qwen_fused,
-        router_reason=lambda block: None,
-        add_shared=lambda block, x, y: y,
-    ),
+    "qwen3_moe": _QWEN,
+    "qwen3_next": _QWEN_NEXT,
+    "qwen3_5_moe": replace(_QWEN_NEXT, model_type="qwen3_5_moe"),
     "glm4_moe_lite": Family(
         model_type="glm4_moe_lite",
         flags="GLM",

@@ -29,22 +29,23 @@ _GLM_COMBINE = {
         ("", "default", "auto", "fp32_no_fma_row_tile", "fp32_no_fma_weighted_sum"), "fp32_no_fma"
     ),
 }
-ZMLX_FLAGS = {
-    "GLM": (
-        "ZMLX_GLM_COMBINE_MODE",
-        "ZMLX_GLM_FUSED_SWIGLU",
-        "ZMLX_GLM_FUSED_DOWNPROJ_COMBINE",
-    ),
-    "QWEN": (
-        "ZMLX_QWEN_COMBINE_MODE",
-        "ZMLX_QWEN_FUSED_SWIGLU",
-        "ZMLX_QWEN_FUSED_DOWNPROJ_COMBINE",
-        "ZMLX_QWEN_FUSED_ROUTER_TOPK",
-        "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS",
-        "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK",
-    ),
-}
-OWN_FLAGS = ("MOEFUSE_VARIANTS", "MOEFUSE_ACCUMULATE", "MOEFUSE_DISABLE")
+_GLM_FLAGS = (
+    "ZMLX_GLM_COMBINE_MODE",
+    "ZMLX_GLM_FUSED_SWIGLU",
+    "ZMLX_GLM_FUSED_DOWNPROJ_COMBINE",
+)
+_QWEN_FLAGS = (
+    "ZMLX_QWEN_COMBINE_MODE",
+    "ZMLX_QWEN_FUSED_SWIGLU",
+    "ZMLX_QWEN_FUSED_DOWNPROJ_COMBINE",
+    "ZMLX_QWEN_FUSED_ROUTER_TOPK",
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS",
+    "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK",
+)
+# Qwen3-Next and Qwen3.5 read Qwen's flags, but ZMLX turns SwiGLU and the logits router on there.
+ZMLX_FLAGS = {"GLM": _GLM_FLAGS, "QWEN": _QWEN_FLAGS, "QWEN_NEXT": _QWEN_FLAGS}
+OWN_FLAGS = ("MOEFUSE_VARIANTS", "MOEFUSE_ACCUMULATE", "MOEFUSE_DISABLE", "MOEFUSE_LOG")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Request:
 def in_force(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The flags that are set, by name."""
     env = os.environ if env is None else env
-    known = (*OWN_FLAGS, *ZMLX_FLAGS["GLM"], *ZMLX_FLAGS["QWEN"])
+    known = (*OWN_FLAGS, *_GLM_FLAGS, *_QWEN_FLAGS)
     return {name: env[name] for name in known if name in env}
 
 
@@ -120,11 +121,11 @@ def _zmlx_glm(env: Mapping[str, str]) -> Request:
     )
 
 
-def _zmlx_qwen(env: Mapping[str, str]) -> Request:
+def _zmlx_qwen(env: Mapping[str, str], by_default: bool) -> Request:
     mode = _combine(env, "ZMLX_QWEN_COMBINE_MODE", "off", _COMBINE)
-    logits = _router_mode(env) == "logits"
+    logits = _router_mode(env, by_default) == "logits"
     experts = _switch(env, "ZMLX_QWEN_FUSED_DOWNPROJ_COMBINE")
-    swiglu = not experts and _switch(env, "ZMLX_QWEN_FUSED_SWIGLU")
+    swiglu = not experts and _switch(env, "ZMLX_QWEN_FUSED_SWIGLU", by_default)
     combine = not experts and mode != "off"
     named = (("router", logits), ("experts", experts), ("swiglu", swiglu), ("combine", combine))
     return Request(
@@ -134,9 +135,9 @@ def _zmlx_qwen(env: Mapping[str, str]) -> Request:
     )
 
 
-def _router_mode(env: Mapping[str, str]) -> str:
+def _router_mode(env: Mapping[str, str], by_default: bool = False) -> str:
     topk = _switch(env, "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS_TOPK")  # only refines the next one
-    on = _switch(env, "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS")
+    on = _switch(env, "ZMLX_QWEN_ROUTER_ARGPARTITION_LOGITS", by_default)
     if topk and not on:
         _fail(
             "flags",
@@ -153,7 +154,7 @@ def resolve(
     accumulate: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Request:
-    """What to patch in a family whose flags carry `prefix` ("QWEN" or "GLM").
+    """What to patch in a family whose flags carry `prefix`: "QWEN", "QWEN_NEXT" or "GLM".
 
     An argument decides what it names; the router's mode has no argument, so its flag decides
     wherever the router is patched. Raises ValueError naming the flag or argument, what was
@@ -161,7 +162,9 @@ def resolve(
     """
     env = os.environ if env is None else env
     accumulate = check_accumulate(accumulate)
-    mode = _router_mode(env) if prefix == "QWEN" else "exact"
+    flagged = any(name in env for name in ZMLX_FLAGS[prefix])
+    by_default = flagged and prefix == "QWEN_NEXT"
+    mode = "exact" if prefix == "GLM" else _router_mode(env, by_default)
     if variants is not None:
         return Request(check_variants(variants), accumulate or "exact", mode)
     if _switch(env, "MOEFUSE_DISABLE"):
@@ -171,9 +174,23 @@ def resolve(
         names = [] if text == "stock" else text.replace("+", ",").split(",")
         found = check_variants([name.strip() for name in names], "MOEFUSE_VARIANTS")
         return Request(found, accumulate or own or "exact", mode)
-    if not any(name in env for name in ZMLX_FLAGS[prefix]):
+    if not flagged:
         return Request(DEFAULT_VARIANTS, accumulate or own or "exact")
-    asked = _zmlx_glm(env) if prefix == "GLM" else _zmlx_qwen(env)
+    asked = _zmlx_glm(env) if prefix == "GLM" else _zmlx_qwen(env, by_default)
     if accumulate or own:
         return Request(asked.variants, accumulate or own, asked.router_mode)
     return asked
+
+
+def check(env: Mapping[str, str] | None = None) -> str | None:
+    """Read every flag, so that a bad one is told before a model is loaded; MOEFUSE_LOG's level.
+
+    Raises ValueError naming the flag, what was expected and what came.
+    """
+    env = os.environ if env is None else env
+    for prefix in ZMLX_FLAGS:
+        resolve(prefix, env=env)
+    level = env.get("MOEFUSE_LOG", "").strip().lower() or None
+    if level is not None and level not in _LOG_LEVELS:
+        _fail("flags", "MOEFUSE_LOG", f"one of {_LOG_LEVELS}", env["MOEFUSE_LOG"])
+    return level

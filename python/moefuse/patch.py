@@ -453,7 +453,7 @@ def patch(
     """Fuse parts of a loaded mlx-lm model until unpatch(model).
 
     Args:
-        model: an mlx-lm model of a supported model_type (qwen3_moe, glm4_moe_lite).
+        model: an mlx-lm model of a model_type in families.FAMILIES.
         variants: names from VARIANTS; None takes MOEFUSE_* or ZMLX_* flags, else
             ("router", "experts"). An empty sequence changes nothing.
         accumulate: "exact" (the default: stock's bits), "fp32_no_fma" or "fp32".

@@ -12,6 +12,9 @@ import importlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -32,24 +35,35 @@ class Step:
         self.calls: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self._told: set[str] = set()
-        self._seen: list[tuple] = []
-        self._decoder = None
+        self._seen: _Snapshot | None = None
+        self._decoder, self._refused = None, None
         self.cache_types = _cache_types()
 
     def __deepcopy__(self, memo) -> Step:
         """A copied model gets a step of its own, on its own arrays."""
         copied = Step.__new__(Step)
-        copied.__dict__.update(self.__dict__, _seen=[], _decoder=None)
+        copied.__dict__.update(self.__dict__, _seen=None, _decoder=None)
         copied.model = memo.get(id(self.model), self.model)
         return copied
 
+    def unfit(self) -> str | None:
+        """Why the model as it is now cannot be stepped, or None; looked at anew when it changed."""
+        if self._seen is None or not self._seen.holds():
+            self.wait()
+            self._decoder, self._refused = None, None
+            self._seen = _Snapshot(self.model)
+            weights = dict(tree_flatten(self.model.parameters()))
+            try:
+                self._decoder = _core.Decoder(_config(self.model), weights, self.accumulate)
+            except ValueError as refusal:  # an adapter came since the patch, say
+                self._refused = str(refusal)
+        return self._refused
+
     @property
     def decoder(self):
-        """The C++ decoder of the model's present arrays, built anew when one was replaced."""
-        if self._decoder is None or any(holder.get(key) is not a for holder, key, a in self._seen):
-            self._seen = _places(self.model)
-            weights = dict(tree_flatten(self.model.parameters()))
-            self._decoder = _core.Decoder(_config(self.model), weights, self.accumulate)
+        """The C++ decoder of the model's present arrays. Raises ValueError where there is none."""
+        if (reason := self.unfit()) is not None:
+            raise ValueError(reason)
         return self._decoder
 
     def wait(self) -> None:
@@ -62,7 +76,7 @@ class Step:
         self.wait()
         self.model.__class__ = self.stock
         del self.model.__dict__["_moefuse_step"]
-        self._decoder, self._seen = None, []
+        self._decoder, self._seen = None, None
 
     def fell(self, reason: str, expected: bool = False) -> None:
         text = f"step: {reason}"
@@ -89,7 +103,8 @@ class Step:
         for c in cache:
             if type(c) not in self.cache_types:
                 return f"a {type(c).__name__}", False
-        return None
+        reason = self.unfit()
+        return None if reason is None else (reason, False)
 
 
 def _cache_types() -> tuple[type, ...]:
@@ -102,14 +117,25 @@ def _config(model) -> str:
     return json.dumps(dataclasses.asdict(model.args))
 
 
-def _places(model) -> list[tuple]:
-    """(module, name, array) of every parameter."""
-    return [
-        (module, name, value)
-        for _, module in model.named_modules()
-        for name, value in module.items()
-        if isinstance(value, mx.array)
-    ]
+class _Snapshot:
+    """Every module and array of a model, to see cheaply whether one was replaced, added or lost."""
+
+    def __init__(self, model):
+        self.modules, self.lists = [], []
+        todo = [model]
+        while todo:
+            found = todo.pop()
+            inside = found.values() if isinstance(found, dict) else found
+            (self.modules if isinstance(found, dict) else self.lists).append(found)
+            todo += [value for value in inside if isinstance(value, (dict, list, tuple))]
+        self.kept = list(self._values())
+
+    def _values(self) -> Iterator:
+        return chain.from_iterable(chain(map(dict.values, self.modules), self.lists))
+
+    def holds(self) -> bool:
+        size = sum(map(len, self.modules)) + sum(map(len, self.lists))
+        return size == len(self.kept) and all(map(is_, self._values(), self.kept))
 
 
 def _filled(cache) -> int:
@@ -161,7 +187,7 @@ def _call(model, inputs, cache=None, **extra):
         step.fell(*refusal)
         step.wait()
         return step.stock.__call__(model, inputs, cache, **extra)
-    decoder = step.decoder
+    decoder = step._decoder  # refusal() has just looked
     tokens = inputs.reshape(-1)
     rows = _rows([0] * tokens.size, cache[0])
     for c in cache:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import moefuse
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3_moe
@@ -109,7 +110,7 @@ class FakeEngine:
         self.runs, self.bias, self.undo, self.patches = runs, bias, [], 0
 
     def capabilities(self) -> dict:
-        return {"isa": "none", "compiler": "/usr/bin/c++", "devices": ["cpu"]}
+        return {**moefuse.capabilities(), "isa": "none", "compiler": "/usr/bin/c++"}
 
     def patch(self, model, variants=None, *, accumulate=None, step=False) -> Report:
         assert not self.undo, "patched twice"

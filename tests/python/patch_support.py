@@ -1,4 +1,4 @@
-"""Tiny random models of both families, and what the patch tests compare."""
+"""Tiny random models of every family, and what the patch tests compare."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
-from mlx_lm.models import glm4_moe_lite, qwen3_moe
+from mlx_lm.models import glm4_moe_lite, qwen3_5_moe, qwen3_moe, qwen3_next
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-FAMILIES = ("qwen", "glm")
+FAMILIES = ("qwen", "glm")  # those with a decode step of their own
+NEXT_FAMILIES = ("qwen3_next", "qwen3_5_moe")  # those whose MoE block alone is fused
 VOCAB = 64
 
 QWEN = dict(
@@ -25,6 +26,12 @@ GLM = dict(
     n_routed_experts=16, num_experts_per_tok=4, kv_lora_rank=32, q_lora_rank=32,
     qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32,
 )  # fmt: skip
+NEXT = {
+    **QWEN, "model_type": "qwen3_next", "mlp_only_layers": [], "num_hidden_layers": 2,
+    "shared_expert_intermediate_size": 64, "linear_num_value_heads": 2,
+    "linear_num_key_heads": 1, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5, "full_attention_interval": 2,
+}  # fmt: skip
 
 
 def tiny(family: str, dtype=mx.bfloat16, *, quantize: dict | None = None, **changes):
@@ -32,6 +39,11 @@ def tiny(family: str, dtype=mx.bfloat16, *, quantize: dict | None = None, **chan
     mx.random.seed(7)
     if family == "qwen":
         model = qwen3_moe.Model(qwen3_moe.ModelArgs(**{**QWEN, **changes}))
+    elif family == "qwen3_next":
+        model = qwen3_next.Model(qwen3_next.ModelArgs(**{**NEXT, **changes}))
+    elif family == "qwen3_5_moe":
+        config = {**NEXT, "model_type": family, **changes}
+        model = qwen3_5_moe.Model(qwen3_5_moe.ModelArgs.from_dict(config))
     else:
         model = glm4_moe_lite.Model(glm4_moe_lite.ModelArgs(**{**GLM, **changes}))
         for layer in model.layers[1:]:

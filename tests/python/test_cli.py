@@ -130,7 +130,9 @@ def test_doctor(repo):
     good, bad = found["models"]
     assert good["fused"]["router"]["modules"] == 2
     assert "expected a model folder" in bad["error"]
-    assert "2 modules" in run("doctor", "models/tiny").stdout
+    lines = run("doctor", "models/tiny", "models/none").stdout.splitlines()
+    assert re.match(r"  router +fused in 2 blocks$", lines[-8]) and "expected a" in lines[-1]
+    assert len(lines) < 24  # one screen
 
 
 @pytest.mark.parametrize("accumulate", ["fp32_no_fma", "exact"])
@@ -184,3 +186,31 @@ def test_generate_is_the_same_text_patched_and_unpatched(repo):
     assert plain.exit_code == patched.exit_code == 0, plain.output
     assert plain.stdout == patched.stdout
     assert plain.stdout.strip()
+    found = json.loads(run(*words, "router", "--json").stdout)
+    assert found["text"].rstrip("\n") == plain.stdout.rstrip("\n")
+    assert found["tokens"] == 12 and found["finish_reason"] == "length"
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\S*\n", result.stdout)
+
+
+def test_doctor_on_a_family_that_the_lab_does_not_measure(tmp_path):
+    """The real engine: Qwen3-Next's blocks are fused, its step is not there, and both are said."""
+    import patch_support
+    from mlx_lm.utils import save_model
+
+    save_model(tmp_path, patch_support.tiny("qwen3_next"))
+    settings = {"quantization": {"group_size": 32, "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps({**patch_support.NEXT, **settings}))
+    (model,) = json.loads(run("doctor", tmp_path, "--json").stdout)["models"]
+    assert (model["model_type"], model["geometry"]) == ("qwen3_next", {})
+    assert model["fused"]["experts"] == {
+        "modules": 2, "patterns": ["moe_experts"], "fallbacks": {},
+    }  # fmt: skip
+    assert model["fused"]["step"]["modules"] == 0
+    assert "expected qwen3_moe or glm4_moe_lite" in next(iter(model["fused"]["step"]["fallbacks"]))
+    assert re.search(r"^  step +stock: step: .*qwen3_next", run("doctor", tmp_path).stdout, re.M)
+    (tmp_path / "config.json").write_text("{")
+    assert "expected JSON" in run("doctor", tmp_path).stdout

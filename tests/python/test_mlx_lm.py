@@ -1,67 +1,66 @@
-"""What people run on mlx-lm runs unchanged on a patched model: the real thing, twice, compared."""
+"""mlx-lm's Python functions on a patched model: the real thing on stock and patched, compared."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
-import os
-import re
-import subprocess
-import sys
-import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import moefuse
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm_support import MODELS, PROMPTS, folder, unquantised
 from moefuse.mlx_lm import patched_loaders
 from patch_support import blocks
 
-ROOT = Path(__file__).parents[2]
-MODELS = ("qwen3-moe-tiny", "glm4-moe-lite-tiny")
-PROMPTS = ("The list type", "Return a new array of", "The")
 COUNT = 24
+OPS = ("moe_router", "moe_experts")
+EVERYTHING = (*OPS, "step")
 
 
 @functools.cache
 def loaded(name: str):
-    return mlx_lm.load(str(ROOT / "models" / name))
+    return mlx_lm.load(str(folder(name)))
 
 
-def both(name: str, run):
-    """(what run(model, tokenizer) gives on stock, the same patched, the report)."""
-    model, tokenizer = loaded(name)
+def compared(model, run, *, ran=EVERYTHING):
+    """What run() gives on stock, which must be what it gives patched -> (that, the reports).
+
+    The first report is that of the ops, the second that of the whole step. `ran`: the stems that
+    must have run; the others must not.
+    """
     moefuse.unpatch(model)
-    stock = run(model, tokenizer)
-    report = moefuse.patch(model, ["router", "experts"])
-    try:
-        patched = run(model, tokenizer)
-        assert report.calls["moe_router"] and report.calls["moe_experts"]
-    finally:
-        moefuse.unpatch(model)
-    return stock, patched, report
+    stock, reports = run(), []
+    for variants in (["router", "experts"], ["step"]):
+        reports.append(moefuse.patch(model, variants))
+        try:
+            assert run() == stock, variants
+        finally:
+            moefuse.unpatch(model)
+    ops, step = reports
+    assert {*ops.calls, *(stem for stem in step.calls if stem == "step")} == set(ran)
+    return stock, reports
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stream_generate(name):
-    def run(model, tokenizer):
+    model, tokenizer = loaded(name)
+
+    def run():
         texts = []
         for prompt in PROMPTS:
             steps = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=COUNT)
             texts.append([(step.token, step.text) for step in steps])
         return texts
 
-    stock, patched, report = both(name, run)
-    assert patched == stock
-    tokens = sum(len(text) for text in stock)
-    assert report.calls["moe_experts"] >= (tokens - len(PROMPTS)) * report.modules_patched
+    stock, (ops, step) = compared(model, run)
+    decoded = sum(len(text) for text in stock) - len(PROMPTS)
+    assert ops.calls["moe_experts"] >= decoded * ops.modules_patched
+    assert step.calls["step"] >= decoded
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -88,17 +87,21 @@ def test_a_wrong_weight_changes_the_text(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_batch_generate(name):
-    def run(model, tokenizer):
-        ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    model, tokenizer = loaded(name)
+    ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+    def run():
         return mlx_lm.batch_generate(model, tokenizer, ids, max_tokens=24).texts
 
-    stock, patched, _ = both(name, run)
-    assert patched == stock and any(stock)
+    stock, _ = compared(model, run)
+    assert len(stock) == len(PROMPTS) and any(stock)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_prompt_cache_file(name, tmp_path):
-    def run(model, tokenizer):
+    model, tokenizer = loaded(name)
+
+    def run():
         path = str(tmp_path / "cache.safetensors")
         cache = make_prompt_cache(model)
         start = mlx_lm.generate(model, tokenizer, PROMPTS[0], max_tokens=8, prompt_cache=cache)
@@ -108,154 +111,121 @@ def test_prompt_cache_file(name, tmp_path):
             model, tokenizer, PROMPTS[1], max_tokens=16, prompt_cache=again
         )
 
-    stock, patched, _ = both(name, run)
-    assert patched == stock
+    compared(model, run)
 
 
 def test_speculative_decoding():
     """A draft of the other family, patched too: same tokens, same acceptances."""
-    draft, _ = loaded(MODELS[1])
+    (model, tokenizer), (draft, _) = map(loaded, MODELS)
+    ids = mx.array(tokenizer.encode(PROMPTS[0]))
 
-    def run(model, tokenizer):
-        ids = mx.array(tokenizer.encode(PROMPTS[0]))
+    def run():
         steps = speculative_generate_step(ids, model, draft, max_tokens=24, num_draft_tokens=2)
         return [(int(token), bool(from_draft)) for token, _, from_draft in steps]
 
-    stock, patched, _ = both(MODELS[0], run)
-    assert patched == stock
-    moefuse.patch(draft)
-    try:
-        assert both(MODELS[0], run)[:2] == (stock, stock)
-    finally:
-        moefuse.unpatch(draft)
+    # The model checks several tokens at once, which is a prompt to the step: only drafts step.
+    stock, _ = compared(model, run, ran=OPS)
+    assert any(from_draft for _, from_draft in stock)
+    for variants in (["router", "experts"], ["step"]):
+        report = moefuse.patch(draft, variants)
+        try:
+            assert compared(model, run, ran=OPS)[0] == stock
+            assert report.calls[report.patterns[-1]] >= 24
+        finally:
+            moefuse.unpatch(draft)
 
 
-def child_env(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOEFUSE_", "ZMLX_"))}
-    path = os.pathsep.join(p for p in sys.path if p)
-    return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **extra}
+def adapter(name: str, path, keys: list[str]) -> str:
+    """A LoRA adapter on the last layer, in mlx-lm's own file format, that changes the text."""
+    settings = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": keys}
+    model, _ = mlx_lm.load(str(folder(name)))
+    linear_to_lora_layers(model, 1, settings)
+    mx.random.seed(1)
+    weights = {
+        name: mx.random.normal(value.shape) * 0.3
+        for name, value in tree_flatten(model.parameters())
+        if name.endswith(("lora_a", "lora_b"))
+    }
+    path.mkdir()
+    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return str(path)
 
 
-def command(module: str, name: str, *words: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words, "--model", str(ROOT / "models" / name)],
-        env=child_env(**env), capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    # The text between the two rules; what follows are timings.
-    return done.stdout.split("=" * 10)[1]
-
-
+@pytest.mark.parametrize(
+    ("keys", "experts", "step"),
+    [
+        (["mlp.switch_mlp.gate_proj"], "experts: gate_proj is a LoRASwitchLinear", "gate_proj"),
+        (["self_attn.o_proj"], None, "o_proj"),
+    ],
+    ids=["experts", "attention"],
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_generate_command(name):
-    words = ("generate", "--prompt", PROMPTS[0], "--max-tokens", "32", "--temp", "0")
-    stock = command("mlx_lm", name, *words)
-    assert command("moefuse.mlx_lm", name, *words) == stock
-    assert len(stock.strip()) > 10
+def test_adapters_fall_back_where_they_are(name, keys, experts, step, tmp_path):
+    path = adapter(name, tmp_path / "adapter", keys)
+    model, tokenizer = mlx_lm.load(str(folder(name)), adapter_path=path)
+
+    def run():
+        return mlx_lm.generate(model, tokenizer, PROMPTS[0], max_tokens=COUNT)
+
+    stock, (ops, whole) = compared(model, run, ran=OPS)
+    assert stock != mlx_lm.generate(*loaded(name), PROMPTS[0], max_tokens=COUNT)
+    assert ops.fallbacks.get(experts, 0) >= (COUNT if experts else 0)
+    assert {text for text in ops.fallbacks if "_proj" in text} == ({experts} if experts else set())
+    assert whole.modules_patched == 0
+    assert any(step in reason for reason in whole.fallbacks), whole.fallbacks
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def full(request, tmp_path_factory):
+    """A trained model's folder in bfloat16."""
+    return unquantised(folder(request.param), tmp_path_factory.mktemp("full") / request.param)
+
+
+def eight_bits_in(part: str):
+    """A quantisation of mixed width: mlx-lm's quant_predicate."""
+    return lambda path, _: {"group_size": 64, "bits": 8 if part in path else 4, "mode": "affine"}
+
+
+# mlx_lm.convert's arguments, what runs on its output, and why the experts of a layer may not.
+CONVERSIONS = {
+    "4 bits": ({"q_bits": 4}, EVERYTHING, None),
+    "8 bits": ({"q_bits": 8}, EVERYTHING, None),
+    "4 bits in groups of 32": ({"q_bits": 4, "q_group_size": 32}, EVERYTHING, None),
+    "8-bit attention": ({"quant_predicate": eight_bits_in("self_attn")}, EVERYTHING, None),
+    "8-bit down": (
+        {"quant_predicate": eight_bits_in("down_proj")},
+        ("moe_router", "step"),
+        "differ in bits",
+    ),
+    "mxfp4": ({"q_mode": "mxfp4", "q_group_size": 32}, OPS[:1], "quantised as mxfp4"),
+    "nvfp4": ({"q_mode": "nvfp4", "q_group_size": 16}, OPS[:1], "quantised as nvfp4"),
+    "mixed_4_6": ({"quant_predicate": "mixed_4_6"}, OPS, "has 6 bits"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_what_convert_writes(name, full, tmp_path):
+    arguments, ran, reason = CONVERSIONS[name]
+    target = str(tmp_path / "converted")
+    mlx_lm.convert(str(full), target, quantize=True, **{"q_group_size": 64, **arguments})
+    model, tokenizer = mlx_lm.load(target)
+
+    def run():
+        return mlx_lm.generate(model, tokenizer, PROMPTS[0], max_tokens=COUNT)
+
+    stock, (ops, step) = compared(model, run, ran=ran)
+    assert len(stock) > 10
+    assert "step" in ran or any(text.startswith("step: [model]") for text in step.fallbacks)
+    told = [text for text in ops.fallbacks if "_proj" in text]
+    assert [reason in text for text in told] == [True] * len(told) if reason else not told
 
 
 @pytest.mark.parametrize("command_name", ["generate", "server"])
 def test_the_commands_patch_what_they_load(command_name):
     with patched_loaders(command_name) as module:
-        model = module.load(str(ROOT / "models" / MODELS[0]))[0]
+        model = module.load(str(folder(MODELS[0])))[0]
         assert all("_moefuse" in block.__dict__ for block in blocks(model))
-    model = module.load(str(ROOT / "models" / MODELS[0]))[0]
+    model = module.load(str(folder(MODELS[0])))[0]
     assert not any("_moefuse" in block.__dict__ for block in blocks(model))
-
-
-def test_unknown_command_is_named():
-    done = subprocess.run(
-        [sys.executable, "-m", "moefuse.mlx_lm", "fly"],
-        env=child_env(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "command: expected one of" in done.stderr and "'fly'" in done.stderr
-
-
-@contextmanager
-def server(module: str, name: str, log: Path, **env: str):
-    """mlx_lm's server on a free loopback port -> its base address."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["server", "--model", str(ROOT / "models" / name), "--port", str(port), "--temp", "0"]
-    with log.open("w") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, *words], env=child_env(**env), stdout=out, stderr=out
-        )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{base}/health", timeout=5).close()
-                break
-            except OSError:
-                if child.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the server did not come up: {log.read_text()[-2000:]}")
-                time.sleep(0.2)
-        yield base
-    finally:
-        child.terminate()
-        child.wait(timeout=30)
-
-
-def post(base: str, messages: list[dict], stream: bool, tokens: int = 24) -> urllib.request.Request:
-    """A chat completion as an OpenAI client words it."""
-    body = {"messages": messages, "max_tokens": tokens, "stream": stream}
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
-    return urllib.request.Request(f"{base}/v1/chat/completions", json.dumps(body).encode(), headers)
-
-
-def ask(base: str, *texts: str, stream: bool):
-    """One chat completion after `texts`, user and assistant in turn -> (text, finish_reason)."""
-    roles = itertools.cycle(("user", "assistant"))
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    request = post(base, messages, stream)
-    with urllib.request.urlopen(request, timeout=90) as reply:
-        raw = reply.read().decode()
-    if not stream:
-        choice = json.loads(raw)["choices"][0]
-        return choice["message"]["content"], choice["finish_reason"]
-    parts = [json.loads(line) for line in re.findall(r"^data: (\{.*)$", raw, re.M)]
-    choices = [part["choices"][0] for part in parts if part["choices"]]
-    text = "".join(choice["delta"].get("content") or "" for choice in choices)
-    return text, choices[-1]["finish_reason"]
-
-
-def hang_up(base: str) -> None:
-    """A client that goes away in the middle of a long answer."""
-    request = post(base, [{"role": "user", "content": PROMPTS[0]}], stream=True, tokens=400)
-    with urllib.request.urlopen(request, timeout=90) as reply:
-        while not reply.readline().startswith(b"data: {"):
-            pass
-
-
-def conversation(module: str, name: str, log: Path, **env: str):
-    with server(module, name, log, **env) as base:
-        plain = [ask(base, text, stream=False) for text in PROMPTS[:2]]
-        streamed = [ask(base, text, stream=True) for text in PROMPTS[:2]]
-        with ThreadPoolExecutor(2) as pool:  # two clients at once share a batch
-            at_once = list(pool.map(lambda text: ask(base, text, stream=True), PROMPTS[:2]))
-            leaving = pool.submit(hang_up, base)
-            beside = ask(base, PROMPTS[0], stream=True)
-            leaving.result()
-        history = ask(base, PROMPTS[0], plain[0][0], PROMPTS[1], stream=False)
-    return plain, streamed, at_once, beside, history
-
-
-# What the server's log says it fused, by the flag that chooses it.
-FUSED = {"router,experts": "moe_router, moe_experts fused in", "step": "step fused in 1 modules"}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_server(name, tmp_path):
-    stock = conversation("mlx_lm", name, tmp_path / "stock.log")
-    for variants, told in FUSED.items():
-        log = tmp_path / f"{variants}.log"
-        assert conversation("moefuse.mlx_lm", name, log, MOEFUSE_VARIANTS=variants) == stock
-        assert told in log.read_text()
-    plain, streamed, _, beside, history = stock
-    assert streamed == plain and all(len(text) > 5 for text, _ in plain)
-    assert beside == plain[0] and len(history[0]) > 5

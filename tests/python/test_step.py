@@ -195,6 +195,29 @@ def test_lora_falls_back(stepping):
     assert same_decode(decode(model, count=8), stock)
 
 
+def test_lora_put_on_and_taken_off_after_the_patch(stepping):
+    model = tiny("qwen")
+    plain = decode(model, count=6)
+    report = stepping(model)
+    kept = model.model.layers[2].self_attn.q_proj
+    linear_to_lora_layers(
+        model, 1, {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    )
+    tuned = model.model.layers[2].self_attn.q_proj
+    tuned.lora_b = mx.random.normal(tuned.lora_b.shape)
+    model.eval()
+    got = decode(model, count=6)
+    assert not report.calls and any("q_proj" in reason for reason in report.fallbacks)
+    moefuse.unpatch(model)
+    assert same_decode(got, decode(model, count=6)) and not same_decode(got, plain)
+    model.model.layers[2].self_attn.q_proj = kept
+    report = stepping(model)
+    model.model.layers[2].self_attn.q_proj = tuned
+    assert same_decode(decode(model, count=6), got)
+    model.model.layers[2].self_attn.q_proj = kept
+    assert same_decode(decode(model, count=6), plain) and report.calls["step"] >= 5
+
+
 CHILD = """
 import sys
 import moefuse
