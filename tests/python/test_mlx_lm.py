@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,8 +20,8 @@ from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from moefuse.mlx_lm import patched_loaders
 from patch_support import blocks
+from server_support import ROOT, child_env, serve
 
-ROOT = Path(__file__).parents[2]
 MODELS = ("qwen3-moe-tiny", "glm4-moe-lite-tiny")
 PROMPTS = ("The list type", "Return a new array of", "The")
 COUNT = 24
@@ -130,12 +127,6 @@ def test_speculative_decoding():
         moefuse.unpatch(draft)
 
 
-def child_env(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOEFUSE_", "ZMLX_"))}
-    path = os.pathsep.join(p for p in sys.path if p)
-    return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **extra}
-
-
 def command(module: str, name: str, *words: str, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", module, *words, "--model", str(ROOT / "models" / name)],
@@ -171,36 +162,6 @@ def test_unknown_command_is_named():
     assert "command: expected one of" in done.stderr and "'fly'" in done.stderr
 
 
-@contextmanager
-def server(module: str, name: str, log: Path, **env: str):
-    """mlx_lm's server on a free loopback port -> its base address."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["server", "--model", str(ROOT / "models" / name), "--port", str(port), "--temp", "0"]
-    with log.open("w") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, *words], env=child_env(**env), stdout=out, stderr=out
-        )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{base}/health", timeout=5).close()
-                break
-            except OSError:
-                if child.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the server did not come up: {log.read_text()[-2000:]}")
-                time.sleep(0.2)
-        yield base
-    finally:
-        child.terminate()
-        child.wait(timeout=30)
-
-
 def post(base: str, messages: list[dict], stream: bool, tokens: int = 24) -> urllib.request.Request:
     """A chat completion as an OpenAI client words it."""
     body = {"messages": messages, "max_tokens": tokens, "stream": stream}
@@ -233,7 +194,8 @@ def hang_up(base: str) -> None:
 
 
 def conversation(module: str, name: str, log: Path, **env: str):
-    with server(module, name, log, **env) as base:
+    with serve(module, ROOT / "models" / name, log, **env) as server:
+        base = server.base
         plain = [ask(base, text, stream=False) for text in PROMPTS[:2]]
         streamed = [ask(base, text, stream=True) for text in PROMPTS[:2]]
         with ThreadPoolExecutor(2) as pool:  # two clients at once share a batch
