@@ -4,8 +4,13 @@
 
 The unpatched server answers each case first, one at a time; then several clients at once send the
 same cases to the patched one in random order, streamed and not, batched and alone, between
-requests that are wrong and clients that hang up. A token that differs, a status that differs, a
-server that is not healthy or that keeps growing ends it with exit code 1. Loopback only.
+requests that are wrong and clients that hang up. A wrong token, a status that differs, a server
+that is not healthy or that keeps growing ends it with exit code 1. Loopback only.
+
+What a request is batched with, and which prefix of it is cached, moves stock's own logits; where
+two tokens are next to equal, stock answers either. An answer that is not stock's to the letter is
+therefore spelled out again with the unpatched model in this process: it is a tie if each of its
+tokens lies within TIE of that model's best, and wrong if not. Ties are counted and told.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import time
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
@@ -32,6 +38,8 @@ from server_support import ROOT, Server, serve
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SECONDS_AT_MOST = 24 * 3600
 CLIENTS = 3
+SPELLED_AT_MOST = 512
+TIE = 1.0  # logits; stock's are off by 0.6 from float32's in the mean position of these checkpoints
 SAMPLE_SECONDS = 5
 # The allocator's and mlx-lm's caches fill in the first fifth of a run; after that the fitted line
 # may rise by no more than this.
@@ -104,7 +112,7 @@ def _connect(server: Server, case: Case, **more) -> http.client.HTTPConnection:
     """A connection with the request sent; `more` is added to a JSON body."""
     body = json.dumps({**json.loads(case.body), **more}) if more else case.body
     host = server.base.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=120)
+    connection = http.client.HTTPConnection(host, timeout=600)
     connection.request("POST", case.path, body, {"Content-Type": "application/json"})
     return connection
 
@@ -171,13 +179,61 @@ def rss_mb(pid: int) -> float:
     return int(done.stdout) / 1024
 
 
+class Speller:
+    """The unpatched model, which tells how far below its best the tokens of an answer lie."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.lock = folder, threading.Lock()
+
+    @cached_property
+    def loaded(self):
+        import mlx_lm
+
+        return mlx_lm.load(str(self.folder))
+
+    def prompt(self, case: Case) -> list[int]:
+        tokenizer, body = self.loaded[1], json.loads(case.body)
+        if "prompt" in body:
+            return tokenizer.encode(body["prompt"])
+        return tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
+
+    def gap(self, case: Case, text: str) -> float:
+        """The largest distance, in logits, of a token from the best; infinite beyond TIE."""
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+
+        model, tokenizer = self.loaded
+        cache, spelled, worst = make_prompt_cache(model), [], 0.0
+        inputs = self.prompt(case)
+        text = text.lstrip()  # as the server's detokenizer begins
+
+        def said(tokens: list[int]) -> str:
+            return tokenizer.decode(tokens).lstrip().rstrip("\ufffd")
+
+        while said(spelled) != text.rstrip("\ufffd"):
+            logits = model(mx.array([inputs]), cache=cache)[0, -1].astype(mx.float32)
+            best = logits.max().item()
+            near = [i for i, v in enumerate(logits.tolist()) if v >= best - TIE]
+            near.sort(key=lambda i: -logits[i].item())
+            fits = (i for i in near if text.startswith(said([*spelled, i])))
+            token = next(fits, None)
+            if token is None or len(spelled) == SPELLED_AT_MOST:
+                return float("inf")
+            worst = max(worst, best - logits[token].item())
+            spelled.append(token)
+            inputs = [token]
+        return worst
+
+
 @dataclass
 class Soak:
     """Several clients on one server until the time is over or something was wrong."""
 
     server: Server
     want: dict[Case, Answer]
+    speller: Speller
     until: float
+    ties: list[float] = field(default_factory=list)  # largest gap of each
     rss: list[tuple[float, float]] = field(default_factory=list)  # (seconds, MB)
     done: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -216,6 +272,17 @@ class Soak:
             if got is not None and got.status == 200:
                 self.done["tokens"] += len(self.want[case].tokens)
         if got is not None and differs(self.want[case], got):
+            self._weigh(kind, case, got)
+
+    def _weigh(self, kind: str, case: Case, got: Answer) -> None:
+        gap = float("inf")
+        if self.want[case].status == got.status == 200:
+            with self.speller.lock:
+                gap = self.speller.gap(case, got.text)
+        if gap <= TIE:
+            with self.lock:
+                self.ties.append(gap)
+        else:
             self._complain(f"{kind} {case}: expected {self.want[case]}, got {got}")
 
     def _complain(self, text: str) -> None:
@@ -243,7 +310,7 @@ def soak(model: Path, variants: str, seconds: float, clients: int, folder: Path)
     env = {"MOEFUSE_VARIANTS": variants, "MOEFUSE_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with serve("moefuse.mlx_lm", model, log, **env) as server:
         start = time.monotonic()
-        run = Soak(server, want, start + seconds)
+        run = Soak(server, want, Speller(model), start + seconds)
         run.run(clients)
         took = time.monotonic() - start
         healthy = urllib.request.urlopen(f"{server.base}/health", timeout=30).status == 200
@@ -263,6 +330,7 @@ def soak(model: Path, variants: str, seconds: float, clients: int, folder: Path)
         "clients": clients,
         "cases": {"good": len(good_cases()), "bad": len(bad_cases())},
         "done": dict(run.done),
+        "ties": {"count": len(run.ties), "largest_gap": round(max(run.ties, default=0.0), 3)},
         "stock_path": sorted(set(re.findall(r"instead of the fused one: (.*)", told))),
         "rss_mb": [round(mb, 1) for _, mb in run.rss[:: max(1, len(run.rss) // 60)]],
         "rss_mb_per_hour": None if growth is None else round(growth, 2),

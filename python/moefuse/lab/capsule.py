@@ -45,7 +45,7 @@ def read(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LabError(f"[capsule] {path.name}: expected a file, got {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"[capsule] {path.name}: expected JSON, got {error}") from None
     check(found, path.name)
     return found

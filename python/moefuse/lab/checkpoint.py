@@ -27,6 +27,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 MAX_HEADER_BYTES = 100_000_000
+MAX_LAYERS, MAX_SIZE = 1024, 1 << 24  # mlx-lm would build a module for each before it complains
 # What mlx-lm and transformers read beside config.json; they don't say in which of them they failed.
 TOKENIZER_JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -140,7 +141,7 @@ def _read_json(path: Path, root: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LabError(f"[checkpoint] {root.name}/{path.name}: expected a file, got none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"[checkpoint] {path.name}: expected JSON, got {error}") from None
     if not isinstance(found, dict):
         raise LabError(f"[checkpoint] {path.name}: expected an object, got {type(found).__name__}")
@@ -163,7 +164,7 @@ def read_header(path: Path) -> dict[str, dict]:
         raw = stream.read(length)
     try:
         table = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"[checkpoint] {path.name} header: expected JSON, got {error}") from None
     if not isinstance(table, dict):
         raise LabError(f"[checkpoint] {path.name} header: expected an object, got {table!r:.40}")
@@ -187,7 +188,9 @@ def _check_spans(file: str, table: dict, data_bytes: int) -> None:
                     f"{dtype}{shape}, got {begin}..{stop}"
                 )
             end = stop
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LabError):
+            raise
         raise LabError(
             f"[checkpoint] {file} header: expected dtype, shape and data_offsets per tensor, "
             f"got {error!r}"
@@ -208,8 +211,11 @@ def _check_config(config: dict) -> None:
     fields = ("hidden_size", "num_hidden_layers", "num_experts_per_tok", "moe_intermediate_size")
     for field in (*fields, "vocab_size", EXPERTS_FIELD[kind]):
         value = config.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise LabError(f"[config.json] {field}: expected a positive integer, got {value!r}")
+        most = MAX_LAYERS if field == "num_hidden_layers" else MAX_SIZE
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise LabError(
+                f"[config.json] {field}: expected an integer from 1 to {most}, got {value!r:.80}"
+            )
     experts, top_k = config[EXPERTS_FIELD[kind]], config["num_experts_per_tok"]
     if top_k > experts:
         raise LabError(
@@ -221,7 +227,12 @@ def _check_index(folder: Path, tensors: dict[str, str]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    for name, file in _read_json(index, folder).get("weight_map", {}).items():
+    weight_map = _read_json(index, folder).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise LabError(
+            f"[checkpoint] {index.name} weight_map: expected an object, got {weight_map!r:.40}"
+        )
+    for name, file in weight_map.items():
         if tensors.get(name) != file:
             raise LabError(
                 f"[checkpoint] {index.name} {name}: expected it in {file}, "
@@ -275,7 +286,7 @@ def _check_tokenizer_files(folder: Path) -> None:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise LabError(f"[tokenizer] {name}: expected JSON, got {error}") from None
         if not isinstance(found, dict):
             raise LabError(f"[tokenizer] {name}: expected an object, got {type(found).__name__}")

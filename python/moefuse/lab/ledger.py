@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
             if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in KEYS):
                 raise ValueError(f"expected an object with the strings {', '.join(KEYS)}")
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             complaints.append(f"[ledger] {path.name} line {number}: {error}; left out")
     return rows, complaints
 
