@@ -21,8 +21,8 @@ runner = CliRunner()
 FORBIDDEN = {
     r"\bpickle\b|\bmarshal\b|\bshelve\b|joblib|torch\.load": (),
     r"trust_remote_code": (),
-    r"shell\s*=\s*True|os\.system|os\.popen|\bpopen\(|\bsystem\(": (),
-    r"(?<![\w.])(?:eval|exec)\(|compile\([^)]*,\s*['\"]exec": (),
+    r"shell\s*=\s*True|os\.system|os\.popen|\bpopen\(|(?<!platform\.)\bsystem\(": (),
+    r"(?<![\w.:>])(?:eval|exec)\(|compile\([^)]*,\s*['\"]exec": (),
     r"yaml\.load|__import__\(": (),
     r"allow_pickle": (),
 }
@@ -47,7 +47,7 @@ def test_the_search_finds_what_it_looks_for():
                "yaml.load(f)", "np.load(f, allow_pickle=True)")  # fmt: skip
     for pattern, sample in zip(FORBIDDEN, samples, strict=True):
         assert re.search(pattern, sample)
-    assert not re.search(r"(?<![\w.])(?:eval|exec)\(", "mx.eval(x)")
+    assert not re.search(r"(?<![\w.:>])(?:eval|exec)\(", "mx.eval(x)")
 
 
 def test_every_child_process_is_a_list_of_words():
@@ -92,7 +92,8 @@ def test_a_capsule_whose_model_lies_outside(repo, stored, path):
     found = json.loads(stored.read_text())
     found["model"]["path"] = path
     stored.write_text(json.dumps(found))
-    refused(run("rerun", stored), f"[path] {path!r}: expected a path inside the repository")
+    by_schema, by_link = "$.model.path: ", "[path] 'link': expected a path inside the repository"
+    refused(run("rerun", stored), by_link if path == "link" else by_schema)
 
 
 @pytest.mark.parametrize("name", ["../secret.json", "/etc/hostname", "repro_capsules/link.json"])
@@ -112,7 +113,7 @@ def test_a_ledger_whose_capsule_lies_outside(repo, stored, name):
 def test_a_capsule_is_written_in_its_folder_only(repo, stored, name):
     found = json.loads(stored.read_text())
     with pytest.raises(LabError, match="expected a path inside"):
-        capsule.write(repo / "benchmarks" / "repro_capsules", name, found)
+        capsule.write(repo / "benchmarks", name, found)
 
 
 @pytest.mark.parametrize(

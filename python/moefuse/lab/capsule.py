@@ -31,8 +31,8 @@ def write(out: Path, name: str, capsule: dict) -> str:
     """Store a capsule that is new by name; returns its path relative to `out`."""
     check(capsule, name)
     relative = f"{FOLDER}/{name}.json"
-    path = files.inside(out, relative)
-    path.parent.mkdir(exist_ok=True)
+    (out / FOLDER).mkdir(exist_ok=True)
+    path = files.inside(out / FOLDER, f"{name}.json")
     if path.exists():
         raise LabError(f"[capsule] {relative}: expected a new name, got one already taken")
     files.write_atomic(path, files.dump_json(capsule))
