@@ -123,6 +123,15 @@ def test_a_file_that_is_cut_while_it_is_read(copy, monkeypatch):
         checkpoint.load(checkpoint.inspect(copy))
 
 
+def test_a_plan_of_weights_that_are_gone(copy):
+    """Arrays that MLX has not read yet, when their file is cut: the tensor is named."""
+    config = (copy / "config.json").read_text()
+    weights = mx.load(str(copy / "model.safetensors"))
+    cut(copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^\[model\] \S+: expected data that can be read, got "):
+        _core.Decoder(config, weights, "exact")
+
+
 # -- JSON that is JSON, and still not what it should be ------------------------------------------
 
 JUNK = (None, True, -1, 0, 1, 3, 2**40, 2**70, 0.5, 1e300, "", "x", [], [[1]], {}, {"a": 1})

@@ -38,7 +38,9 @@ def test_a_wrong_token_a_wrong_status_and_a_leak_are_seen(tmp_path):
         assert not soak.differs(good, soak.ask(server, case))
         assert soak.ask(server, bad).status == 400
         other = replace(good, text="!" + good.text, tokens=(0, *good.tokens[1:]))
-        run = soak.Soak(server, {case: other}, speller, time.monotonic() + 60)
+        run = soak.Soak(
+            server, {case: other, bad: soak.Answer(400)}, speller, time.monotonic() + 60
+        )
         run._weigh("plain", case, good)
         assert not run.wrong and len(run.ties) == 1  # stock's own answer is no wrong one
         run._weigh("plain", case, replace(good, text="bananas and more"))
