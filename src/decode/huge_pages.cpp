@@ -23,7 +23,8 @@ void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t b
 
 void use_huge_pages(const Model& model) {
   for (const auto& [name, array] : model.weights)
-    use_huge_pages(array.data<char>(), array.nbytes());
+    if (array.is_available())  // what no stage reads was never evaluated, and has no buffer
+      use_huge_pages(array.data<char>(), array.nbytes());
 }
 
 }  // namespace moefuse

@@ -279,6 +279,15 @@ def test_the_plan_that_suits_gives_the_stock_bits(family):
         moefuse.unpatch(model)
 
 
+def test_a_tensor_that_no_stage_reads_may_be_unread():
+    """As those of a layer that the step leaves out are, in a checkpoint loaded lazily."""
+    model = tiny_model("qwen")
+    weights = dict(tree_flatten(model.parameters()))
+    for like in (mx.ones((64, 64)), mx.ones(())):
+        weights["model.layers.9.extra.weight"] = like + 1
+        _core.Decoder(step._config(model), weights, "exact")
+
+
 @pytest.mark.parametrize("token", [VOCAB, 2**31, 2**32 - 1])
 def test_a_token_outside_the_vocabulary(token):
     model = tiny_model("qwen")

@@ -204,7 +204,7 @@ def _check_spans(file: str, table: dict, data_bytes: int) -> None:
 
 def _check_config(config: dict) -> None:
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise LabError(
             f"[config.json] model_type: expected one of {sorted(FAMILIES)}, got {kind!r}"
         )
