@@ -222,7 +222,7 @@ def bench(
 ) -> None:
     """Measure variants against stock in pairs: capsules, ledger, notebook entry, ranking."""
     from .lab import bench as driver
-    from .lab import campaign, checkpoint, environment
+    from .lab import campaign, checkpoint, environment, files
     from .lab import variants as specs
 
     root = environment.repository_root()
@@ -240,13 +240,13 @@ def bench(
         "--prompts": prompts,
     }  # fmt: skip
     outcomes = []
-    with _progress() as bar:
+    with files.alone(out), _progress() as bar:
         for found in checked:
             command = _command(root, "bench", [found.path], options)
             outcomes.append(
                 _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume)
             )
-    complaints = driver.write_ranking(out)
+        complaints = driver.write_ranking(out)
     for complaint in complaints:
         err_console.print(complaint, markup=False)
     _show_outcomes(outcomes, out, as_json)

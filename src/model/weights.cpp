@@ -10,8 +10,11 @@ constexpr const char* kWhere = "model";
 
 // A kernel reads the very buffer, so it has to exist and to be in order.
 const mx::array& readable(const std::string& name, const mx::array& a) {
-  auto& array = const_cast<mx::array&>(a);
-  array.eval();
+  try {
+    const_cast<mx::array&>(a).eval();
+  } catch (const std::exception& error) {  // read only now, from a file that may have changed
+    fail(kWhere, name, "data that can be read", error.what());
+  }
   if (!a.flags().row_contiguous) fail(kWhere, name, "a row contiguous array", "a strided view");
   return a;
 }

@@ -108,6 +108,12 @@ void check_indices(const std::string& op, const uint32_t* indices, int64_t size,
   }
 }
 
+void check_known_indices(const std::string& op, const mx::array& indices, int experts) {
+  const bool words = indices.dtype() == mx::uint32 || indices.dtype() == mx::int32;
+  if (words && indices.is_available() && indices.flags().row_contiguous)
+    check_indices(op, indices.data<uint32_t>(), static_cast<int64_t>(indices.size()), experts);
+}
+
 void count(const std::string& op, const std::string& how) {
   std::lock_guard lock(counter_mutex);
   ++counters()[op + "/" + how];

@@ -96,7 +96,11 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
                                     accumulate, s);
   }
 
-  auto pair = mx::broadcast_arrays({lhs_indices ? *lhs_indices : batch_indices(batch_of(x), s),
+  const mx::Shape batch = batch_of(x);
+  const int matrices = std::accumulate(batch.begin(), batch.end(), 1, std::multiplies<>());
+  if (lhs_indices) check_known_indices("gather_qmm_swiglu, lhs", *lhs_indices, matrices);
+  if (rhs_indices) check_known_indices("gather_qmm_swiglu, rhs", *rhs_indices, g.experts);
+  auto pair = mx::broadcast_arrays({lhs_indices ? *lhs_indices : batch_indices(batch, s),
                                     rhs_indices ? *rhs_indices : batch_indices({g.experts}, s)},
                                    s);
   auto shape = pair[0].shape();

@@ -112,6 +112,7 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
     return metal::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
   }
 
+  check_known_indices(kOp, indices, gate.weight.shape(0));
   shape.back() = down.weight.shape(1);
   const Setup setup = {accumulate, weights.dtype() != x.dtype(), group_size, bits};
   std::vector<mx::array> inputs = {row_contiguous(x, s),

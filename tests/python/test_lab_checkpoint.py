@@ -83,9 +83,10 @@ def test_trailing_bytes_and_wrong_spans(copy):
     [
         ({"model_type": "llama"}, r"model_type: expected one of .*, got 'llama'"),
         ({"model_type": None}, r"model_type: expected one of .*, got None"),
-        ({"num_experts": None}, r"num_experts: expected a positive integer, got None"),
+        ({"model_type": {}}, r"model_type: expected one of .*, got {}"),
+        ({"num_experts": None}, r"num_experts: expected an integer from 1 to \d+, got None"),
         ({"num_experts_per_tok": 17}, r"num_experts_per_tok: expected at most 16"),
-        ({"hidden_size": "64"}, r"hidden_size: expected a positive integer, got '64'"),
+        ({"hidden_size": "64"}, r"hidden_size: expected an integer from 1 to \d+, got '64'"),
     ],
 )
 def test_config_that_cannot_be(copy, change, message):

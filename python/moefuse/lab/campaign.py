@@ -431,6 +431,15 @@ def _prefill(sides: dict[str, Side]):
     return stats.ratio_interval(*zip(*pairs, strict=True))
 
 
+def _unlisted(out: Path, start: str = "") -> list[dict]:
+    """Rows of capsules that the ledger lacks: a process died between the two writes."""
+    rows, _ = ledger.read(out / ledger.NAME)
+    listed = {row["capsule"] for row in rows}
+    whole = [p.name for p in (out / capsule.FOLDER).glob("*.json") if p.name.startswith(start)]
+    missing = sorted({f"{capsule.FOLDER}/{name}" for name in whole} - listed)
+    return [capsule.row(capsule.read(out / name), name) for name in missing]
+
+
 def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str | None:
     """Id of the newest campaign with these settings, code and machine, if not written up yet."""
     rows, _ = ledger.read(out / ledger.NAME)
@@ -443,14 +452,19 @@ def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str
         "git_commit": environment.commit(root),
         "env": environment.flags(),
     }
+    rows += _unlisted(out)
     ids = [r["campaign"] for r in rows if all(r.get(k) == v for k, v in same.items())]
     book = out / "LAB_NOTEBOOK.md"
     written = book.read_text(encoding="utf-8") if book.exists() else ""
-    return ids[-1] if ids and f"## EXP-{ids[-1]}\n" not in written else None
+    newest = max(ids, default=None)
+    return newest if newest and f"## EXP-{newest}\n" not in written else None
 
 
 def stored(out: Path, identity: str) -> dict[str, dict]:
-    """Variant name -> capsule of one campaign."""
+    """Variant name -> capsule of one campaign; those that the ledger lacks are added to it."""
+    for row in _unlisted(out, identity):
+        if row["campaign"] == identity:
+            ledger.append(out / ledger.NAME, row)
     rows, _ = ledger.read(out / ledger.NAME)
     mine = [row for row in rows if row.get("campaign") == identity]
     return {row["variant"]: capsule.read(files.inside(out, row["capsule"])) for row in mine}

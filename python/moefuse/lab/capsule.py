@@ -31,8 +31,8 @@ def write(out: Path, name: str, capsule: dict) -> str:
     """Store a capsule that is new by name; returns its path relative to `out`."""
     check(capsule, name)
     relative = f"{FOLDER}/{name}.json"
-    path = files.inside(out, relative)
-    path.parent.mkdir(exist_ok=True)
+    (out / FOLDER).mkdir(exist_ok=True)
+    path = files.inside(out / FOLDER, f"{name}.json")
     if path.exists():
         raise LabError(f"[capsule] {relative}: expected a new name, got one already taken")
     files.write_atomic(path, files.dump_json(capsule))
@@ -45,7 +45,7 @@ def read(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LabError(f"[capsule] {path.name}: expected a file, got {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"[capsule] {path.name}: expected JSON, got {error}") from None
     check(found, path.name)
     return found

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import mlx_lm
-from mlx_lm.utils import load_model
+import mlx.core as mx
+from mlx_lm.utils import load_model, load_tokenizer
 
 from .. import _core
-from . import LabError
+from . import LabError, files
 
 FAMILIES = {"qwen3_moe": "qwen", "glm4_moe_lite": "glm"}
 EXPERTS_FIELD = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts"}
@@ -28,15 +28,26 @@ ITEM_BYTES = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 MAX_HEADER_BYTES = 100_000_000
+MAX_LAYERS, MAX_SIZE = 1024, 1 << 24  # mlx-lm would build a module for each before it complains
+# What mlx-lm and transformers read beside config.json; they don't say in which of them they failed.
+TOKENIZER_JSON = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "generation_config.json",
+)  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model folder. `digest` covers config.json and every weight file."""
+    """A checked model folder. `digest` covers config.json and every weight file.
+
+    stamps: what tells each of those files, as it was when it was checked, from a later one.
+    """
 
     path: Path
     config: dict
     weight_files: tuple[Path, ...]
+    stamps: tuple[tuple, ...]
 
     @property
     def name(self) -> str:
@@ -93,15 +104,37 @@ class Checkpoint:
         plain = {k: v for k, v in found.items() if not isinstance(v, dict)}
         return {**plain, "exceptions": sum(isinstance(v, dict) for v in found.values())}
 
+    @property
+    def read_files(self) -> tuple[Path, ...]:
+        return (self.path / "config.json", *self.weight_files)
+
     @cached_property
     def digest(self) -> str:
         total = hashlib.sha256()
-        for file in (self.path / "config.json", *self.weight_files):
+        for file in self.read_files:
             total.update(file.name.encode() + b"\0")
             with file.open("rb") as stream:
                 while block := stream.read(1 << 22):
                     total.update(block)
+        self.require_unchanged()
         return "sha256:" + total.hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Raise LabError if a file is no longer the one that was checked."""
+        for file, before in zip(self.read_files, self.stamps, strict=True):
+            if _stamp(file) != before:
+                raise LabError(
+                    f"[checkpoint] {file.name}: expected the file that was checked, "
+                    "got one that has changed since"
+                )
+
+
+def _stamp(file: Path) -> tuple:
+    try:
+        found = file.stat()
+    except OSError as error:
+        return (error.errno,)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_json(path: Path, root: Path) -> dict:
@@ -109,7 +142,7 @@ def _read_json(path: Path, root: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LabError(f"[checkpoint] {root.name}/{path.name}: expected a file, got none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"[checkpoint] {path.name}: expected JSON, got {error}") from None
     if not isinstance(found, dict):
         raise LabError(f"[checkpoint] {path.name}: expected an object, got {type(found).__name__}")
@@ -132,7 +165,7 @@ def read_header(path: Path) -> dict[str, dict]:
         raw = stream.read(length)
     try:
         table = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"[checkpoint] {path.name} header: expected JSON, got {error}") from None
     if not isinstance(table, dict):
         raise LabError(f"[checkpoint] {path.name} header: expected an object, got {table!r:.40}")
@@ -171,7 +204,9 @@ def _check_spans(file: str, table: dict, data_bytes: int) -> None:
                     f"{dtype}{shape}, got {begin}..{stop}"
                 )
             end = stop
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LabError):
+            raise
         raise LabError(
             f"[checkpoint] {file} header: expected dtype, shape and data_offsets per tensor, "
             f"got {error!r}"
@@ -185,15 +220,18 @@ def _check_spans(file: str, table: dict, data_bytes: int) -> None:
 
 def _check_config(config: dict) -> None:
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise LabError(
             f"[config.json] model_type: expected one of {sorted(FAMILIES)}, got {kind!r}"
         )
     fields = ("hidden_size", "num_hidden_layers", "num_experts_per_tok", "moe_intermediate_size")
     for field in (*fields, "vocab_size", EXPERTS_FIELD[kind]):
         value = config.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise LabError(f"[config.json] {field}: expected a positive integer, got {value!r}")
+        most = MAX_LAYERS if field == "num_hidden_layers" else MAX_SIZE
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise LabError(
+                f"[config.json] {field}: expected an integer from 1 to {most}, got {value!r:.80}"
+            )
     experts, top_k = config[EXPERTS_FIELD[kind]], config["num_experts_per_tok"]
     if top_k > experts:
         raise LabError(
@@ -205,7 +243,12 @@ def _check_index(folder: Path, tensors: dict[str, str]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    for name, file in _read_json(index, folder).get("weight_map", {}).items():
+    weight_map = _read_json(index, folder).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise LabError(
+            f"[checkpoint] {index.name} weight_map: expected an object, got {weight_map!r:.40}"
+        )
+    for name, file in weight_map.items():
         if tensors.get(name) != file:
             raise LabError(
                 f"[checkpoint] {index.name} {name}: expected it in {file}, "
@@ -216,15 +259,17 @@ def _check_index(folder: Path, tensors: dict[str, str]) -> None:
 def inspect(path: str | Path) -> Checkpoint:
     """Check a model folder by its headers alone; no weight is read."""
     folder = Path(path)
+    files.require_text("model", folder)
     if not folder.is_dir():
         raise LabError(f"[model] {path}: expected a model folder, got none")
+    parts = tuple(sorted(folder.glob("model*.safetensors")))
+    stamps = tuple(_stamp(file) for file in (folder / "config.json", *parts))
     config = _read_json(folder / "config.json", folder)
     _check_config(config)
-    files = tuple(sorted(folder.glob("model*.safetensors")))
-    if not files:
+    if not parts:
         raise LabError(f"[checkpoint] {folder.name}: expected model*.safetensors, got none")
     tensors: dict[str, str] = {}
-    for file in files:
+    for file in parts:
         for name in read_header(file):
             if name in tensors:
                 raise LabError(
@@ -232,22 +277,68 @@ def inspect(path: str | Path) -> Checkpoint:
                 )
             tensors[name] = file.name
     _check_index(folder, tensors)
-    return Checkpoint(folder.resolve(), config, files)
+    return Checkpoint(folder.resolve(), config, parts, stamps)
 
 
-def load_weights(checkpoint: Checkpoint, lazy: bool = False):
-    """The model alone, through mlx-lm; a config that contradicts the tensors is a LabError."""
+def _load(checkpoint: Checkpoint, lazy: bool):
+    """(model, config) through mlx-lm; a config that contradicts the tensors is a LabError."""
     try:
-        return load_model(checkpoint.path, lazy=lazy)[0]
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        return load_model(checkpoint.path, lazy=lazy)
+    except Exception as error:  # mlx-lm's classes compute with what config.json says
+        checkpoint.require_unchanged()
         raise LabError(f"[checkpoint] {checkpoint.name}: config and tensors: {error}") from error
 
 
+def load_weights(checkpoint: Checkpoint, lazy: bool = False):
+    """The model alone; `lazy` leaves its weights unread."""
+    return _load(checkpoint, lazy)[0]
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise LabError(f"[tokenizer] {folder.name}: expected {VOCABULARIES[0]}, got none")
+    for name in TOKENIZER_JSON:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise LabError(f"[tokenizer] {name}: expected JSON, got {error}") from None
+        if not isinstance(found, dict):
+            raise LabError(f"[tokenizer] {name}: expected an object, got {type(found).__name__}")
+
+
+def _load_tokenizer(checkpoint: Checkpoint, config: dict):
+    """mlx-lm's tokenizer; what is wrong with its files is a LabError, whoever found it."""
+    _check_tokenizer_files(checkpoint.path)
+    try:
+        found = load_tokenizer(checkpoint.path, eos_token_ids=config.get("eos_token_id"))
+        last = max(found.get_vocab().values(), default=-1)
+    except Exception as error:  # the tokenizers package raises bare ones
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise LabError(
+            f"[tokenizer] {checkpoint.name}: expected files that transformers reads, got {first}"
+        ) from error
+    if not 0 <= last < config["vocab_size"]:
+        raise LabError(
+            f"[tokenizer] {checkpoint.name}: expected tokens 0 to {config['vocab_size'] - 1} "
+            f"(config.json vocab_size), got {last}"
+        )
+    return found
+
+
 def load(checkpoint: Checkpoint):
-    """(model, tokenizer) exactly as mlx_lm.load gives them.
+    """(model, tokenizer) as mlx_lm.load gives them, of the very files that were checked.
 
     Raises ValueError, before a weight is read, with the estimate where it exceeds the free memory.
     """
     _core.check_memory(checkpoint.name, sum(f.stat().st_size for f in checkpoint.weight_files))
-    load_weights(checkpoint, lazy=True)  # cheap: shapes only, so the error names the folder
-    return mlx_lm.load(str(checkpoint.path))
+    model, config = _load(checkpoint, lazy=True)
+    tokenizer = _load_tokenizer(checkpoint, config)
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        checkpoint.require_unchanged()
+        raise LabError(f"[checkpoint] {checkpoint.name}: expected weights, got {error}") from error
+    checkpoint.require_unchanged()
+    return model, tokenizer

@@ -14,18 +14,28 @@ from . import LabError
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by way of a temporary file in the same folder."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace `path` by way of a temporary file in the same folder; LabError if that can't be."""
+    with told_by_name(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                os.fchmod(stream.fileno(), 0o644)
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def told_by_name(path: Path) -> Iterator[None]:
+    """A full disk says neither which file nor which folder."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            os.fchmod(stream.fileno(), 0o644)
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise LabError(f"[output] {path}: expected to write it, got {error.strerror}") from None
 
 
 def dump_json(value: dict) -> str:
@@ -40,8 +50,35 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one campaign, or raise LabError while another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LabError(
+                f"[output] {folder}: expected no campaign at work there, got one"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def require_text(what: str, path: Path) -> None:
+    """Raise LabError for a path that is not UTF-8: neither MLX nor a capsule can hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise LabError(
+            f"[{what}] {str(path)!a}: expected a path in UTF-8, got other bytes"
+        ) from None
+
+
 def require_writable(folder: Path) -> None:
     """Create the output folder and prove that a file can be written, or raise LabError."""
+    require_text("output", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

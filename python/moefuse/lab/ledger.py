@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 from pathlib import Path
 
+from . import files
+
 NAME = "matrix.jsonl"
+KEYS = ("capsule", "model_digest", "variant", "hardware", "timestamp")  # what a row is found by
 
 
 def append(path: Path, row: dict) -> None:
-    """Add one row in a single write under a lock; a torn last line is closed off first."""
+    """Add one row in a single write under a lock, whole or not at all (LabError).
+
+    A torn last line, which a machine that stopped may leave, is closed off first.
+    """
     data = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with path.open("a+b") as stream:
+    with files.told_by_name(path), path.open("a+b", buffering=0) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
         if size:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
                 data = b"\n" + data
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+        try:
+            if stream.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(size)
+            raise
 
 
 def read(path: Path) -> tuple[list[dict], list[str]]:
@@ -35,10 +46,10 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or "capsule" not in row:
-                raise ValueError("expected an object with a capsule")
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in KEYS):
+                raise ValueError(f"expected an object with the strings {', '.join(KEYS)}")
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             complaints.append(f"[ledger] {path.name} line {number}: {error}; left out")
     return rows, complaints
 

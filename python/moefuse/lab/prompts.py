@@ -54,7 +54,7 @@ def load(tokenizer, path: Path, limit: int | None = None) -> list[Prompt]:
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
         pairs = [(item["name"], item["text"]) for item in items]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise LabError(
             f"[prompts] {path.name}: expected a list of name and text, got {error!r}"
         ) from None
