@@ -155,6 +155,9 @@ def synth(
     layers: Annotated[int | None, typer.Option(help="Layers; default: all of them.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; default: the real one.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of scales and activations: bfloat16, float32.")] = (
+        "bfloat16"
+    ),
     tokenizer: Annotated[Path | None, typer.Option(help="Folder whose tokenizer to copy.")] = None,
 ) -> None:
     """Write a checkpoint with a real model's layer geometry and random 4-bit weights."""
@@ -172,6 +175,7 @@ def synth(
             tokenizer=source,
             vocab=vocab,
             seed=seed,
+            dtype=dtype,
             tick=lambda n: bar.advance(task, n),
         )
     _tell(
@@ -292,6 +296,12 @@ def fidelity(
     plant: Annotated[
         str | None, typer.Option(help="Plant a fault (or `all`) and see whether it is caught.")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="The smallest relative weight error it catches.")
+    ] = False,
+    behaviour: Annotated[
+        bool, typer.Option("--behaviour", help="How decided stock is: margins, routing, range.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 200,
     chunk: Annotated[int, typer.Option(min=2, help="Forced positions per prompt.")] = 64,
     prompts: Prompts = None,
@@ -300,10 +310,12 @@ def fidelity(
     """Compare tokens with stock's and logits with a float32 oracle. Exit code 1 on a fail.
 
     With --plant the fault lies under the first of --variants (default: stock), and exit code 1
-    means that it was not caught.
+    means that it was not caught; with --sensitivity, that not even twice the weight was.
     """
+    from .lab import behaviour as manner
     from .lab import bench as driver
     from .lab import campaign, checkpoint, environment, faults
+    from .lab import prompts as prompt_kinds
     from .lab import variants as specs
 
     if plant and plant != "all" and plant not in faults.FAULTS:
@@ -315,6 +327,17 @@ def fidelity(
         checkpoint.inspect(model), plan, _engine(), prompt_file=prompts, root=root, out=Path(),
         command=_command(root, "fidelity", [model], {}),
     )  # fmt: skip
+    if behaviour:
+        short = prompt_kinds.pick(list(judge.prompts.values()), long=False)
+        measured = manner.examine(judge.model, short, tokens)
+        _show([measured], manner.lines(measured), as_json)
+        return
+    if sensitivity:
+        graded = [judge.sensitivity(kind) for kind in faults.GRADED]
+        _show(graded, map(_sensitivity_line, graded), as_json)
+        if any(found["smallest_caught"] is None for found in graded):
+            raise typer.Exit(1)
+        return
     if plant:
         names = list(faults.FAULTS) if plant == "all" else [plant]
         under = wanted[0] if variants else specs.STOCK
@@ -326,6 +349,22 @@ def fidelity(
     _show_fidelity(found, as_json)
     if bad:
         raise typer.Exit(1)
+
+
+def _show(found: Sequence, lines, as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    for line in lines:
+        _tell(line)
+
+
+def _sensitivity_line(found: dict) -> str:
+    tried = ", ".join(f"{error:g} {verdict}" for error, verdict in found["verdicts"].items())
+    caught = found["smallest_caught"]
+    return (
+        f"{found['fault']}: smallest caught {'none' if caught is None else f'{caught:g}'} ({tried})"
+    )
 
 
 def _show_fidelity(found: dict, as_json: bool) -> None:

@@ -293,6 +293,17 @@ class Campaign:
                 return found
         return self.judge(context, tokens, always=0)
 
+    def sensitivity(self, kind: str, smallest: float = 2.0**-8) -> dict:
+        """Verdict on ever smaller errors of one of faults.GRADED, halved until one is missed."""
+        verdicts, error, caught = {}, 1.0, None
+        while error >= smallest:
+            verdict = self.check_fault(f"{kind}:{error}").verdict
+            verdicts[error] = verdict
+            if verdict != "fail":
+                break
+            caught, error = error, error / 2
+        return {"fault": kind, "smallest_caught": caught, "verdicts": verdicts}
+
     # -- recording ------------------------------------------------------------------------
 
     def measure_control(self) -> dict:
