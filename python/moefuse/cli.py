@@ -9,8 +9,10 @@ import importlib
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -194,6 +196,11 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A first look; cannot promote.")] = False,
     short: Annotated[str | None, typer.Option(help="TOKENSxRUNS, default 200x3.")] = None,
     long: Annotated[str | None, typer.Option(help="TOKENSxRUNS, default 1024x2.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context lengths too: 128,1k,8k.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Rows too, at each context: 1,2,4.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no variant after so long; --resume goes on.")
+    ] = None,
     prompts: Prompts = None,
     out: Out = Path("benchmarks"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stop left it.")] = False,
@@ -201,27 +208,29 @@ def bench(
 ) -> None:
     """Measure variants against stock in pairs: capsules, ledger, notebook entry, ranking."""
     from .lab import bench as driver
-    from .lab import campaign, checkpoint, environment
+    from .lab import campaign, checkpoint, environment, grid
     from .lab import variants as specs
 
     root = environment.repository_root()
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     folders = models or [root / "models" / name for name in TINY]
     plan = campaign.QUICK_PLAN if quick else campaign.FULL_PLAN
     plan = campaign.resized(plan, short=_size(short, "--short"), long=_size(long, "--long"))
+    plan = replace(plan, grid=grid.parse(context, batch))
     default = ",".join(specs.QUICK if quick else specs.FULL)
     wanted = [v for v in specs.parse_list(variants or default) if v.parts]
     checked = [checkpoint.inspect(folder) for folder in folders]
     driver.prepare(out)
     options = {
         "--variants": variants, "--quick": quick, "--short": short, "--long": long,
-        "--prompts": prompts,
+        "--context": context, "--batch": batch, "--prompts": prompts,
     }  # fmt: skip
     outcomes = []
     with _progress() as bar:
         for found in checked:
             command = _command(root, "bench", [found.path], options)
             outcomes.append(
-                _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume)
+                _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline)
             )
     complaints = driver.write_ranking(out)
     for complaint in complaints:
@@ -231,7 +240,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume):
+def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline):
     from .lab import bench as driver
 
     task = bar.add_task(found.name, total=None)
@@ -254,7 +263,7 @@ def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume):
         if name:
             _say(f"{found.name}: {name} ({done + 1} of {len(wanted) + 1})")
 
-    return driver.run(campaign, wanted, told)
+    return driver.run(campaign, wanted, told, deadline)
 
 
 def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
@@ -281,6 +290,8 @@ def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
                 summary["decision"],
             )
         out_console.print(table)
+        if outcome.left:
+            _tell(f"not started: {', '.join(outcome.left)}; bench --resume goes on")
         for name, why in outcome.skipped.items():
             _tell(f"not measured: {name}: {why}")
         for name in outcome.missed_faults:

@@ -22,6 +22,7 @@ from . import (
     faults,
     fidelity,
     files,
+    grid,
     ledger,
     measure,
     prompts,
@@ -41,6 +42,7 @@ class Plan:
     prompt_limit: int | None = None  # keep only the last tokens of each prompt
     extra_tokens: int = 64  # budget of a prompt that is judged but not timed; 0 skips those
     chunk: int = fidelity.CHUNK
+    grid: grid.Grid | None = None  # context lengths and batches, beside the pairs
 
 
 FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
@@ -149,7 +151,7 @@ class Campaign:
         """Work of one variant in token steps, for the progress bar."""
         timed = sum(2 * (s.tokens + len(self.prompts[s.prompt].ids)) for s in self.schedule)
         extra = sum(self.plan.extra_tokens + len(p.ids) for p in self.extra_prompts())
-        return timed + extra
+        return timed + extra + (self.plan.grid.units if self.plan.grid else 0)
 
     def extra_prompts(self) -> list[prompts.Prompt]:
         """Prompts judged for fidelity but not timed, short ones first."""
@@ -325,7 +327,8 @@ class Campaign:
         }
         missed = [k for k, v in self.control["faults"].items() if v != "fail"]
         told = f"not caught: {', '.join(missed)}" if missed else "every planted fault caught"
-        return self._store(STOCK, sides, done, verdict, ("control", f"stock against stock; {told}"))
+        decision = ("control", f"stock against stock; {told}")
+        return self._store(STOCK, sides, done, verdict, decision)
 
     def adopt_control(self, stored: dict) -> None:
         """Take the control of an interrupted campaign, if it measured the same prompts."""
@@ -359,6 +362,14 @@ class Campaign:
                 "interval": list(interval),
                 "aa_interval": self.control["lengths"][length],
             }
+        return found
+
+    def _measure_grid(self, variant: Variant) -> dict:
+        short = prompts.pick(list(self.prompts.values()), long=False)
+        found = grid.measure_grid(
+            self.model, short, self.plan.grid, variant, self.engine, self.checkpoint.moe_layers
+        )
+        self.tick(self.plan.grid.units)
         return found
 
     def _name(self, variant: Variant) -> str:
@@ -404,6 +415,8 @@ class Campaign:
                 "reason": decision[1],
             },
         }
+        if self.plan.grid and not decision[0].startswith("void"):
+            found["grid"] = self._measure_grid(variant)
         relative = capsule.write(self.out, self._name(variant), found)
         ledger.append(self.out / ledger.NAME, capsule.row(found, relative))
         mx.clear_cache()
