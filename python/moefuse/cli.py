@@ -329,8 +329,9 @@ def fidelity(
     from .lab import prompts as prompt_kinds
     from .lab import variants as specs
 
-    if plant and plant != "all" and plant not in faults.FAULTS:
-        raise LabError(f"[fidelity] --plant: expected one of {sorted(faults.FAULTS)}, got {plant}")
+    known = {*faults.FAULTS, *faults.GRADED}
+    if plant and plant != "all" and plant.partition(":")[0] not in known:
+        raise LabError(f"[fidelity] --plant: expected one of {sorted(known)}, got {plant}")
     wanted = specs.parse_list(variants or ",".join(specs.QUICK))
     root = environment.repository_root()
     plan = campaign.Plan({"short": (tokens, 1)}, chunk=chunk)

@@ -26,6 +26,7 @@ from . import (
     ledger,
     measure,
     prompts,
+    roofline,
     stats,
     variants,
 )
@@ -144,6 +145,7 @@ class Campaign:
         self.snapshots: dict[str, list] = {}  # stock's caches of long prompts
         self.self_matched = self.self_total = 0
         self.control: dict | None = None
+        self.roofline: dict | None = None
 
     # -- running --------------------------------------------------------------------------
 
@@ -310,6 +312,7 @@ class Campaign:
 
     def measure_control(self) -> dict:
         """Stock against stock, and the gate against planted faults -> the control capsule."""
+        self.roofline = roofline.measure(self.model)
         sides, done, _ = self.run_pairs(STOCK)
         verdict = self.judge(nullcontext, self._worst(sides["B"]))
 
@@ -335,6 +338,7 @@ class Campaign:
         if stored["prompts"] != self._prompt_records():
             raise LabError("[resume] prompts: expected those of the campaign, got others")
         self.control = stored["control"]
+        self.roofline = stored.get("roofline")
 
     def measure_variant(self, variant: Variant) -> dict:
         """Pairs, verdict, decision -> the capsule, which is on disk when this returns."""
@@ -415,6 +419,8 @@ class Campaign:
                 "reason": decision[1],
             },
         }
+        if self.roofline:
+            found["roofline"] = self.roofline
         if self.plan.grid and not decision[0].startswith("void"):
             found["grid"] = self._measure_grid(variant)
         relative = capsule.write(self.out, self._name(variant), found)

@@ -89,11 +89,14 @@ TOKENIZER_FILES = (
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 
 # What makes a model decided, measured beside the trained checkpoints (docs/LAB.md).
-ROUTER_SPREAD = {"qwen3_moe": 2.0, "glm4_moe_lite": 1.0}  # deviation of the router's logits
-ATTENTION_SPREAD = 2.5  # deviation of the attention scores: heads look somewhere
-LOGIT_SPREAD = 2.8  # deviation of the output logits of tokens that nothing speaks for
-WINNER = 6.0  # the likeliest successor's logit, in such deviations
-SUCCESSORS = (10, 9, 7, 6)  # of 32 parts of an output row, each from another token's embedding
+ROUTER_SPREAD = {"qwen3_moe": 1.5, "glm4_moe_lite": 1.0}  # deviation of the router's logits
+ATTENTION_SPREAD = 1.5  # deviation of the attention scores: heads look somewhere
+LOGIT_SPREAD = 3.4  # deviation of the output logits of tokens that nothing speaks for
+# How much of the last hidden vector is the last token's embedding (a cosine). The less there is,
+# the more the layers decide, and the more they enlarge the rounding errors of the layers before.
+EMBEDDING_SHARE = 0.7
+# Of 32 parts of an output row, each from another token's embedding: a token's successors.
+SUCCESSORS = (6, 5, 4, 3, 3, 3, 2, 2, 2, 2)
 # What a branch's last projection is multiplied by to add about 1 (rms) to the residual stream.
 BRANCH = {
     "qwen3_moe": {"self_attn.o_proj": 1.4, "switch_mlp.down_proj": 6.0},
@@ -125,15 +128,6 @@ def _module(config: dict):
     return model, layers
 
 
-def _embedding_share(config: dict) -> float:
-    """How much of the last hidden vector is the last token's embedding (a cosine).
-
-    It makes the likeliest successor's logit WINNER deviations; narrow models can only come near.
-    """
-    first = SUCCESSORS[0] / sum(SUCCESSORS)
-    return min(0.7, WINNER / (first * math.sqrt(config["hidden_size"])))
-
-
 def _rng(seed: int, name: str) -> np.random.Generator:
     """Each tensor has its own numbers, so order and sharding change nothing."""
     return np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -145,9 +139,8 @@ class Maker:
     def __init__(self, seed: int, config: dict, quantized: dict, known_tokens: int, dtype: str):
         self.seed, self.config, self.dtype = seed, config, DTYPES[dtype]
         self.quantized, self.known_tokens = quantized, known_tokens
-        share = _embedding_share(config)
         # Two branches a layer, independent of each other, make up what is not the embedding.
-        self.branch = math.sqrt((1 / share**2 - 1) / (2 * config["num_hidden_layers"]))
+        self.branch = math.sqrt((1 / EMBEDDING_SHARE**2 - 1) / (2 * config["num_hidden_layers"]))
 
     def bits(self, base: str) -> int:
         return self.quantized.get(base, {}).get("bits", BITS)
