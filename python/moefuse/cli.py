@@ -320,8 +320,8 @@ def fidelity(
 ) -> None:
     """Compare tokens with stock's and logits with a float32 oracle. Exit code 1 on a fail.
 
-    With --plant the fault lies under the first of --variants (default: stock), and exit code 1
-    means that it was not caught; with --sensitivity, that not even twice the weight was.
+    With --plant and --sensitivity the fault lies under the first of --variants (default: stock),
+    and exit code 1 means that it was not caught.
     """
     from .lab import behaviour as manner
     from .lab import bench as driver
@@ -339,20 +339,20 @@ def fidelity(
         checkpoint.inspect(model), plan, _engine(), prompt_file=prompts, root=root, out=Path(),
         command=_command(root, "fidelity", [model], {}),
     )  # fmt: skip
+    under = wanted[0] if variants else specs.STOCK
     if behaviour:
         short = prompt_kinds.pick(list(judge.prompts.values()), long=False)
         measured = manner.examine(judge.model, short, tokens)
         _show([measured], manner.lines(measured), as_json)
         return
     if sensitivity:
-        graded = [judge.sensitivity(kind) for kind in faults.GRADED]
+        graded = [judge.sensitivity(kind, under) for kind in faults.GRADED]
         _show(graded, map(_sensitivity_line, graded), as_json)
         if any(found["smallest_caught"] is None for found in graded):
             raise typer.Exit(1)
         return
     if plant:
         names = list(faults.FAULTS) if plant == "all" else [plant]
-        under = wanted[0] if variants else specs.STOCK
         found = {name: (judge.check_fault(name, under), None) for name in names}
         bad = any(verdict.verdict != "fail" for verdict, _ in found.values())
     else:

@@ -297,11 +297,11 @@ class Campaign:
                 return found
         return self.judge(context, tokens, always=0)
 
-    def sensitivity(self, kind: str, smallest: float = 2.0**-8) -> dict:
+    def sensitivity(self, kind: str, variant: Variant = STOCK, smallest: float = 2.0**-12) -> dict:
         """Verdict on ever smaller errors of one of faults.GRADED, halved until one is missed."""
         verdicts, error, caught = {}, 1.0, None
         while error >= smallest:
-            verdict = self.check_fault(f"{kind}:{error}").verdict
+            verdict = self.check_fault(f"{kind}:{error}", variant).verdict
             verdicts[error] = verdict
             if verdict != "fail":
                 break
