@@ -9,8 +9,10 @@ import importlib
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -177,6 +179,9 @@ def synth(
     layers: Annotated[int | None, typer.Option(help="Layers; default: all of them.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; default: the real one.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of scales and activations: bfloat16, float32.")] = (
+        "bfloat16"
+    ),
     tokenizer: Annotated[Path | None, typer.Option(help="Folder whose tokenizer to copy.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -195,6 +200,7 @@ def synth(
             tokenizer=source,
             vocab=vocab,
             seed=seed,
+            dtype=dtype,
             tick=lambda n: bar.advance(task, n),
         )
     layers, vocab = config["num_hidden_layers"], config["vocab_size"]
@@ -215,6 +221,11 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A first look; cannot promote.")] = False,
     short: Annotated[str | None, typer.Option(help="TOKENSxRUNS, default 200x3.")] = None,
     long: Annotated[str | None, typer.Option(help="TOKENSxRUNS, default 1024x2.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context lengths too: 128,1k,8k.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Rows too, at each context: 1,2,4.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no variant after so long; --resume goes on.")
+    ] = None,
     prompts: Prompts = None,
     out: Out = Path("benchmarks"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stop left it.")] = False,
@@ -222,13 +233,15 @@ def bench(
 ) -> None:
     """Measure variants against stock in pairs: capsules, ledger, notebook entry, ranking."""
     from .lab import bench as driver
-    from .lab import campaign, checkpoint, environment, files
+    from .lab import campaign, checkpoint, environment, files, grid
     from .lab import variants as specs
 
     root = environment.repository_root()
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     folders = models or [root / "models" / name for name in TINY]
     plan = campaign.QUICK_PLAN if quick else campaign.FULL_PLAN
     plan = campaign.resized(plan, short=_size(short, "--short"), long=_size(long, "--long"))
+    plan = replace(plan, grid=grid.parse(context, batch))
     default = ",".join(specs.QUICK if quick else specs.FULL)
     wanted = [v for v in specs.parse_list(variants or default) if v.parts]
     checked = [checkpoint.inspect(folder) for folder in folders]
@@ -237,14 +250,14 @@ def bench(
     driver.prepare(out)
     options = {
         "--variants": variants, "--quick": quick, "--short": short, "--long": long,
-        "--prompts": prompts,
+        "--context": context, "--batch": batch, "--prompts": prompts,
     }  # fmt: skip
     outcomes = []
     with files.alone(out), _progress() as bar:
         for found in checked:
             command = _command(root, "bench", [found.path], options)
             outcomes.append(
-                _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume)
+                _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline)
             )
         complaints = driver.write_ranking(out)
     for complaint in complaints:
@@ -254,7 +267,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume):
+def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline):
     from .lab import bench as driver
 
     task = bar.add_task(found.name, total=None)
@@ -277,7 +290,7 @@ def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume):
         if name:
             _say(f"{found.name}: {name} ({done + 1} of {len(wanted) + 1})")
 
-    return driver.run(campaign, wanted, told)
+    return driver.run(campaign, wanted, told, deadline)
 
 
 def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
@@ -304,6 +317,8 @@ def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
                 summary["decision"],
             )
         out_console.print(table)
+        if outcome.left:
+            _tell(f"not started: {', '.join(outcome.left)}; bench --resume goes on")
         for name, why in outcome.skipped.items():
             _tell(f"not measured: {name}: {why}")
         for name in outcome.missed_faults:
@@ -319,6 +334,12 @@ def fidelity(
     plant: Annotated[
         str | None, typer.Option(help="Plant a fault (or `all`) and see whether it is caught.")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="The smallest relative weight error it catches.")
+    ] = False,
+    behaviour: Annotated[
+        bool, typer.Option("--behaviour", help="How decided stock is: margins, routing, range.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 200,
     chunk: Annotated[int, typer.Option(min=2, help="Forced positions per prompt.")] = 64,
     prompts: Prompts = None,
@@ -326,15 +347,18 @@ def fidelity(
 ) -> None:
     """Compare tokens with stock's and logits with a float32 oracle. Exit code 1 on a fail.
 
-    With --plant the fault lies under the first of --variants (default: stock), and exit code 1
-    means that it was not caught.
+    With --plant and --sensitivity the fault lies under the first of --variants (default: stock),
+    and exit code 1 means that it was not caught.
     """
+    from .lab import behaviour as manner
     from .lab import bench as driver
     from .lab import campaign, checkpoint, environment, faults
+    from .lab import prompts as prompt_kinds
     from .lab import variants as specs
 
-    if plant and plant != "all" and plant not in faults.FAULTS:
-        raise LabError(f"[fidelity] --plant: expected one of {sorted(faults.FAULTS)}, got {plant}")
+    known = {*faults.FAULTS, *faults.GRADED}
+    if plant and plant != "all" and plant.partition(":")[0] not in known:
+        raise LabError(f"[fidelity] --plant: expected one of {sorted(known)}, got {plant}")
     wanted = specs.parse_list(variants or ",".join(specs.QUICK))
     root = environment.repository_root()
     plan = campaign.Plan({"short": (tokens, 1)}, chunk=chunk)
@@ -342,9 +366,20 @@ def fidelity(
         checkpoint.inspect(model), plan, _engine(), prompt_file=prompts, root=root, out=Path(),
         command=_command(root, "fidelity", [model], {}),
     )  # fmt: skip
+    under = wanted[0] if variants else specs.STOCK
+    if behaviour:
+        short = prompt_kinds.pick(list(judge.prompts.values()), long=False)
+        measured = manner.examine(judge.model, short, tokens)
+        _show([measured], manner.lines(measured), as_json)
+        return
+    if sensitivity:
+        graded = [judge.sensitivity(kind, under) for kind in faults.GRADED]
+        _show(graded, map(_sensitivity_line, graded), as_json)
+        if any(found["smallest_caught"] is None for found in graded):
+            raise typer.Exit(1)
+        return
     if plant:
         names = list(faults.FAULTS) if plant == "all" else [plant]
-        under = wanted[0] if variants else specs.STOCK
         found = _each(model.name, names, lambda name: (judge.check_fault(name, under), None))
         bad = any(verdict.verdict != "fail" for verdict, _ in found.values())
     else:
@@ -367,6 +402,22 @@ def _each(model: str, names: Collection[str], check: Callable[[str], tuple]) -> 
             found[name] = check(name)
             bar.advance(task)
     return found
+
+
+def _show(found: Sequence, lines, as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    for line in lines:
+        _tell(line)
+
+
+def _sensitivity_line(found: dict) -> str:
+    tried = ", ".join(f"{error:g} {verdict}" for error, verdict in found["verdicts"].items())
+    caught = found["smallest_caught"]
+    return (
+        f"{found['fault']}: smallest caught {'none' if caught is None else f'{caught:g}'} ({tried})"
+    )
 
 
 def _show_fidelity(found: dict, as_json: bool) -> None:

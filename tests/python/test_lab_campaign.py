@@ -4,16 +4,34 @@ import getpass
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import jsonschema
+import mlx.core as mx
 import pytest
 from lab_support import FakeEngine, one_fault, tiny  # noqa: F401
-from moefuse.lab import LabError, bench, capsule, checkpoint, html, ledger, ranking, variants
+from moefuse.lab import (
+    LabError,
+    bench,
+    capsule,
+    checkpoint,
+    environment,
+    html,
+    ledger,
+    measure,
+    ranking,
+    roofline,
+    variants,
+)
 from moefuse.lab.campaign import FULL_PLAN, Plan, make_schedule, resized
+from moefuse.lab.grid import Grid
 from moefuse.lab.prompts import Prompt
 
-PLAN = Plan({"short": (24, 2), "long": (32, 1)}, quick=True, extra_tokens=8, chunk=8)
+PLAN = Plan(
+    {"short": (24, 2), "long": (32, 1)}, quick=True, extra_tokens=8, chunk=8,
+    grid=Grid((16, 24), (1, 2), tokens=4, runs=2),
+)  # fmt: skip
 WANTED = [variants.parse("router"), variants.parse("experts+combine:fp32")]
 
 
@@ -67,6 +85,11 @@ def test_what_the_numbers_mean(done):
     assert aa["self_matched"] == aa["self_total"] > 0
     assert set(aa["faults"].values()) == {"fail"}
     assert found["summary"]["decision"] in ("hold", "reject")  # quick cannot promote
+    assert [(c["context"], c["batch"]) for c in found["grid"]["cells"]] == [
+        (16, 1), (16, 2), (24, 1), (24, 2),
+    ]  # fmt: skip
+    assert found["roofline"]["weight_bytes"] > 0
+    assert roofline.share(found, "baseline") > 0
 
 
 def test_capsules_name_neither_machine_nor_user(done):
@@ -119,7 +142,9 @@ def test_html_is_self_contained_and_repeatable(done):
     rows, _ = ranking.load(done[0])
     page = html.render(rows)
     assert page == html.render(rows)
-    assert "<svg" in page
+    assert page.count("<svg") == 3  # ratios, share of a plain read, rate against context
+    assert "context, tokens" in page
+    assert "% of a plain read" in page
     assert "experts+combine:fp32" in page
     assert not re.search(r'(src|href)="(?!#)', page.replace("xlink:href=", "href="))
 
@@ -169,6 +194,28 @@ def test_an_interrupted_campaign_is_whole_and_goes_on(tiny, tmp_path, one_fault)
     assert [row["variant"] for row in after] == ["stock", "router", "experts+combine:fp32"]
     assert len(outcome.found) == 2
     assert start(tiny, tmp_path, resume=True).id != campaign.id  # written up: nothing to resume
+
+
+def test_nothing_starts_after_the_deadline_and_resume_goes_on(tiny, tmp_path, one_fault):  # noqa: F811
+    outcome = bench.run(start(tiny, tmp_path), WANTED[:1], deadline=time.monotonic() - 1)
+    assert outcome.left == ["router"]
+    assert not (tmp_path / "LAB_NOTEBOOK.md").exists()
+    resumed = bench.run(start(tiny, tmp_path, resume=True), WANTED[:1])
+    assert resumed.control == outcome.control
+    assert [c["variant"] for c in resumed.found] == ["router"]
+
+
+def test_a_device_is_named_by_its_kind(monkeypatch):
+    class Gpu:
+        type = mx.gpu
+
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "NVIDIA H200"})
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert environment.device_name() == "cuda: NVIDIA H200"
+    assert measure.memory_source() == "mlx"
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    assert environment.device_name() == "metal: NVIDIA H200"
 
 
 def test_rerun_repeats_and_refuses_another_model(done, tiny, tmp_path):  # noqa: F811

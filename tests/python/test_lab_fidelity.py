@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from lab_support import FakeEngine, tiny  # noqa: F401
 from mlx.utils import tree_flatten
-from moefuse.lab import LabError, bench, checkpoint, faults, fidelity, measure, prompts, variants
+from moefuse.lab import (
+    LabError,
+    behaviour,
+    bench,
+    checkpoint,
+    faults,
+    fidelity,
+    measure,
+    prompts,
+    variants,
+)
 from moefuse.lab.campaign import Plan, Side
 
 RNG = np.random.default_rng(7)
@@ -128,6 +138,27 @@ def test_planted_faults_are_caught_and_taken_out(campaign, name):
 def _parameters(model):
     flat = dict(tree_flatten(model.parameters()))
     return {k: v.astype(mx.float32) if v.dtype == mx.bfloat16 else v for k, v in flat.items()}
+
+
+def test_sensitivity_halves_the_error_until_it_is_missed(campaign):
+    before = _parameters(campaign.model)
+    found = campaign.sensitivity("every-expert-error")
+    tried = list(found["verdicts"].items())
+    assert tried[0] == (1.0, "fail")
+    assert found["smallest_caught"] == min(e for e, verdict in tried if verdict == "fail")
+    assert all(b == a / 2 for (a, _), (b, _) in zip(tried, tried[1:], strict=False))
+    after = _parameters(campaign.model)
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_behaviour_of_a_model(campaign):
+    found = behaviour.examine(campaign.model, list(campaign.prompts.values()), 12)
+    quantiles = found["margin_quantiles"]
+    assert quantiles == sorted(quantiles) and quantiles[0] >= 0
+    assert found["routing"]["busiest_over_even_share"][0] >= 1
+    assert len(found["different_tokens"]) == 3
+    assert type(campaign.model.layers[0]).__name__ == "Qwen3MoeDecoderLayer"
+    assert "experts, least and most" in "\n".join(behaviour.lines(found))
 
 
 def test_unknown_fault(campaign):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ class Outcome:
     control: dict
     found: list[dict] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # variant -> why
+    left: list[str] = field(default_factory=list)  # not started before the deadline
 
     @property
     def missed_faults(self) -> list[str]:
@@ -80,10 +82,12 @@ def run(
     campaign: Campaign,
     wanted: Sequence[Variant],
     told: Callable[[str, int], None] = lambda name, done: None,
+    deadline: float | None = None,
 ) -> Outcome:
     """Measure the control and every variant that has no capsule yet, then write it up.
 
-    told(variant name, how many are done) is called before each measurement.
+    told(variant name, how many are done) is called before each measurement. After the deadline
+    (time.monotonic) no variant is started and nothing is written up: `--resume` goes on there.
     """
     have = stored(campaign.out, campaign.id)
     told(STOCK.name, 0)
@@ -97,6 +101,9 @@ def run(
         if variant.name in have:
             outcome.found.append(have[variant.name])
             continue
+        if deadline is not None and time.monotonic() > deadline:
+            outcome.left.append(variant.name)
+            continue
         try:
             outcome.found.append(campaign.measure_variant(variant))
         except LabError:
@@ -104,6 +111,8 @@ def run(
         except (ValueError, NotImplementedError) as error:
             outcome.skipped[variant.name] = str(error)
     told("", len(wanted) + 1)
+    if outcome.left:
+        return outcome
     text = notebook.entry(outcome.control, outcome.found, outcome.skipped)
     notebook.add(campaign.out / notebook.NAME, text)
     return outcome

@@ -22,9 +22,11 @@ from . import (
     faults,
     fidelity,
     files,
+    grid,
     ledger,
     measure,
     prompts,
+    roofline,
     stats,
     variants,
 )
@@ -41,6 +43,7 @@ class Plan:
     prompt_limit: int | None = None  # keep only the last tokens of each prompt
     extra_tokens: int = 64  # budget of a prompt that is judged but not timed; 0 skips those
     chunk: int = fidelity.CHUNK
+    grid: grid.Grid | None = None  # context lengths and batches, beside the pairs
 
 
 FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
@@ -142,6 +145,7 @@ class Campaign:
         self.snapshots: dict[str, list] = {}  # stock's caches of long prompts
         self.self_matched = self.self_total = 0
         self.control: dict | None = None
+        self.roofline: dict | None = None
 
     # -- running --------------------------------------------------------------------------
 
@@ -149,7 +153,7 @@ class Campaign:
         """Work of one variant in token steps, for the progress bar."""
         timed = sum(2 * (s.tokens + len(self.prompts[s.prompt].ids)) for s in self.schedule)
         extra = sum(self.plan.extra_tokens + len(p.ids) for p in self.extra_prompts())
-        return timed + extra
+        return timed + extra + (self.plan.grid.units if self.plan.grid else 0)
 
     def extra_prompts(self) -> list[prompts.Prompt]:
         """Prompts judged for fidelity but not timed, short ones first."""
@@ -293,10 +297,22 @@ class Campaign:
                 return found
         return self.judge(context, tokens, always=0)
 
+    def sensitivity(self, kind: str, variant: Variant = STOCK, smallest: float = 2.0**-12) -> dict:
+        """Verdict on ever smaller errors of one of faults.GRADED, halved until one is missed."""
+        verdicts, error, caught = {}, 1.0, None
+        while error >= smallest:
+            verdict = self.check_fault(f"{kind}:{error}", variant).verdict
+            verdicts[error] = verdict
+            if verdict != "fail":
+                break
+            caught, error = error, error / 2
+        return {"fault": kind, "smallest_caught": caught, "verdicts": verdicts}
+
     # -- recording ------------------------------------------------------------------------
 
     def measure_control(self) -> dict:
         """Stock against stock, and the gate against planted faults -> the control capsule."""
+        self.roofline = roofline.measure(self.model)
         sides, done, _ = self.run_pairs(STOCK)
         verdict = self.judge(nullcontext, self._worst(sides["B"]))
 
@@ -314,13 +330,15 @@ class Campaign:
         }
         missed = [k for k, v in self.control["faults"].items() if v != "fail"]
         told = f"not caught: {', '.join(missed)}" if missed else "every planted fault caught"
-        return self._store(STOCK, sides, done, verdict, ("control", f"stock against stock; {told}"))
+        decision = ("control", f"stock against stock; {told}")
+        return self._store(STOCK, sides, done, verdict, decision)
 
     def adopt_control(self, stored: dict) -> None:
         """Take the control of an interrupted campaign, if it measured the same prompts."""
         if stored["prompts"] != self._prompt_records():
             raise LabError("[resume] prompts: expected those of the campaign, got others")
         self.control = stored["control"]
+        self.roofline = stored.get("roofline")
 
     def measure_variant(self, variant: Variant) -> dict:
         """Pairs, verdict, decision -> the capsule, which is on disk when this returns."""
@@ -348,6 +366,14 @@ class Campaign:
                 "interval": list(interval),
                 "aa_interval": self.control["lengths"][length],
             }
+        return found
+
+    def _measure_grid(self, variant: Variant) -> dict:
+        short = prompts.pick(list(self.prompts.values()), long=False)
+        found = grid.measure_grid(
+            self.model, short, self.plan.grid, variant, self.engine, self.checkpoint.moe_layers
+        )
+        self.tick(self.plan.grid.units)
         return found
 
     def _name(self, variant: Variant) -> str:
@@ -393,6 +419,10 @@ class Campaign:
                 "reason": decision[1],
             },
         }
+        if self.roofline:
+            found["roofline"] = self.roofline
+        if self.plan.grid and not decision[0].startswith("void"):
+            found["grid"] = self._measure_grid(variant)
         relative = capsule.write(self.out, self._name(variant), found)
         ledger.append(self.out / ledger.NAME, capsule.row(found, relative))
         mx.clear_cache()

@@ -60,14 +60,14 @@ def _os_name() -> str:
 
 
 def device_name() -> str:
-    """The default MLX device in words, with the core count where it is the CPU."""
+    """The default MLX device in words: `cuda: NVIDIA H200`, `cpu: Intel ..., 2 cores`."""
     device = mx.default_device()
     info = mx.device_info(device)
     name = info.get("device_name") or info.get("architecture") or platform.machine()
     if device.type == mx.cpu:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return f"cpu: {name}, {cores} cores"
-    return f"gpu: {name}"
+    return f"{'cuda' if mx.cuda.is_available() else 'metal'}: {name}"
 
 
 def flags() -> dict[str, str]:

@@ -25,7 +25,7 @@ def moe_layers(model) -> list:
     return found
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands in for switch_mlp and notes which experts are asked for."""
 
     def __init__(self, inner):
@@ -41,7 +41,7 @@ class _Recorder(nn.Module):
 def busiest_experts(model, layer, prompt: Sequence[int]) -> list[int]:
     """Expert numbers of one layer, most used first, over a prompt."""
     inner = layer.mlp.switch_mlp
-    recorder = layer.mlp.switch_mlp = _Recorder(inner)
+    recorder = layer.mlp.switch_mlp = Recorder(inner)
     try:
         prefill(model, prompt)
     finally:
@@ -139,20 +139,54 @@ def _bf16_accumulation(model, prompt):
     return undo
 
 
+def _scaled(projection, error: float, expert: int | None):
+    """One expert's projection, or all of them (None), with every weight times 1 + error."""
+    names = [n for n in ("scales", "biases") if n in projection] or ["weight"]
+    kept = {n: projection[n] for n in names}
+    for name, original in kept.items():
+        grown = original * (1 + error)
+        if expert is not None:
+            chosen = mx.arange(original.shape[0]) == expert
+            grown = mx.where(chosen[:, None, None], grown, original)
+        projection[name] = grown.astype(original.dtype)
+    mx.eval([projection[n] for n in names])
+    return lambda: [setattr(projection, n, a) for n, a in kept.items()]
+
+
+def _expert_error(model, prompt, error: float):
+    """Relative error of the down projection of the middle MoE layer's busiest expert."""
+    layer = moe_layers(model)[len(moe_layers(model)) // 2]
+    busiest = busiest_experts(model, layer, prompt)[0]
+    return [_scaled(layer.mlp.switch_mlp.down_proj, error, busiest)]
+
+
+def _every_expert_error(model, prompt, error: float):
+    """Relative error of the down projection of every expert of every layer."""
+    return [_scaled(layer.mlp.switch_mlp.down_proj, error, None) for layer in moe_layers(model)]
+
+
 FAULTS = {
     "wrong-weight": _wrong_weight,
     "k-minus-1": _fewer_experts,
     "swapped-pair": _swapped_pair,
     "bf16-accumulation": _bf16_accumulation,
 }
+GRADED = {"expert-error": _expert_error, "every-expert-error": _every_expert_error}
 
 
 @contextmanager
 def planted(model, name: str, prompt: Sequence[int]) -> Iterator[None]:
-    """Damage `model` for the block. `prompt` tells which experts are worth damaging."""
-    if name not in FAULTS:
-        raise LabError(f"[faults] {name!r}: expected one of {sorted(FAULTS)}")
-    undo = FAULTS[name](model, prompt)
+    """Damage `model` for the block. `prompt` tells which experts are worth damaging.
+
+    name: one of FAULTS, or one of GRADED with a relative weight error, `expert-error:0.25`.
+    """
+    base, _, size = name.partition(":")
+    if name in FAULTS:
+        undo = FAULTS[name](model, prompt)
+    elif base in GRADED:
+        undo = GRADED[base](model, prompt, float(size))
+    else:
+        raise LabError(f"[faults] {name!r}: expected one of {sorted([*FAULTS, *GRADED])}")
     try:
         yield
     finally:

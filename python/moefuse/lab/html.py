@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Sequence
 from html import escape
 
@@ -11,7 +12,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from . import ranking
+from . import ranking, roofline
+from .notebook import span
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -24,42 +26,135 @@ svg { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 .promote { color: #177a3a; font-weight: 600 } .reject, .void { color: #b3261e }
 """
 COLOURS = {"promote": "#177a3a", "hold": "#8a6d00", "reject": "#b3261e", "control": "#555555"}
+WIDE = 8.0  # ratios beyond this are drawn on a logarithmic axis
 
 
-def plot(rows: Sequence[dict]) -> str:
-    """SVG: each variant's ratio with its interval, over the band of the A/A control."""
-    settings = {"svg.hashsalt": "moefuse", "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
-        figure, axes = plt.subplots(figsize=(9, 0.9 + 0.38 * len(rows)))
-        for y, row in enumerate(reversed(rows)):
-            found = row["found"]
-            low, high = found["summary"]["interval"]
-            colour = COLOURS.get(row["decision"], COLOURS["reject"])
-            axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
-            axes.plot([row["decode_speedup"]], [y], "o", color=colour, markersize=6)
-            aa = found["control"]["aa_interval"]
-            axes.fill_betweenx([y - 0.4, y + 0.4], *aa, color="#999999", alpha=0.3, linewidth=0)
-        axes.axvline(1.0, color="#555555", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)])
-        axes.set_xlabel("decode rate, patched / stock (grey: A/A control)")
-        axes.spines[["top", "right"]].set_visible(False)
+def _svg(figure) -> str:
+    target = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "moefuse", "svg.fonttype": "none"}):
         figure.tight_layout()
-        target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+    plt.close(figure)
     text = target.getvalue()
     return text[text.index("<svg") :]
 
 
+def plot(rows: Sequence[dict]) -> str:
+    """SVG: each variant's ratio with its interval, over the band of the A/A control."""
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.38 * len(rows)))
+    for y, row in enumerate(reversed(rows)):
+        found = row["found"]
+        low, high = found["summary"]["interval"]
+        colour = COLOURS.get(row["decision"], COLOURS["reject"])
+        axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.plot([row["decode_speedup"]], [y], "o", color=colour, markersize=6)
+        aa = found["control"]["aa_interval"]
+        axes.fill_betweenx([y - 0.4, y + 0.4], *aa, color="#999999", alpha=0.3, linewidth=0)
+    axes.axvline(1.0, color="#555555", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)])
+    if max(row["found"]["summary"]["interval"][1] for row in rows) > WIDE:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("decode rate, patched / stock (grey: A/A control)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def plot_ceiling(rows: Sequence[dict]) -> str:
+    """SVG: what part of a plain read's rate each side's decoding reaches; nothing if unknown."""
+    known = [row for row in rows if roofline.share(row["found"], "patched") is not None]
+    if not known:
+        return ""
+    figure, axes = plt.subplots(figsize=(9, 1.1 + 0.38 * len(known)))
+    for y, row in enumerate(reversed(known)):
+        both = [100 * roofline.share(row["found"], side) for side in ("baseline", "patched")]
+        axes.barh(y, both[1], color=COLOURS.get(row["decision"], COLOURS["reject"]), height=0.6)
+        axes.plot([both[0]] * 2, [y - 0.4, y + 0.4], color="#555555", linewidth=1.5)
+        axes.annotate(f" {both[1]:.1f} %", (max(both), y), va="center")
+    axes.set_yticks(range(len(known)), [row["variant"] for row in reversed(known)])
+    axes.set_xlim(0, 115)
+    axes.set_xlabel("weights read per second, % of a plain read (line: stock)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def plot_grid(rows: Sequence[dict]) -> str:
+    """SVG: decode rate against context at each batch, stock and variants; nothing if unmeasured."""
+    known = [row for row in rows if row["found"].get("grid") and not ranking.is_control(row)]
+    cells = [(r["variant"], c) for r in known for c in _measured(r["found"])]
+    if not cells:
+        return ""
+    batches = sorted({cell["batch"] for _, cell in cells})
+    names = list(dict.fromkeys(name for name, _ in cells))
+    figure, plots = plt.subplots(
+        1, len(batches), figsize=(1.5 + 3.6 * len(batches), 3.4), sharey=True, squeeze=False
+    )
+    for axes, batch in zip(plots[0], batches, strict=True):
+        for number, name in enumerate(["stock", *names]):
+            side = "baseline_tok_s" if name == "stock" else "patched_tok_s"
+            of = names[0] if name == "stock" else name
+            mine = [c for who, c in cells if who == of and c["batch"] == batch]
+            colour = "#555555" if name == "stock" else f"C{number - 1}"
+            _rates(axes, sorted(mine, key=lambda c: c["context"]), side, name, colour)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_title(f"batch {batch}", fontsize=10)
+        axes.set_xlabel("context, tokens")
+        axes.spines[["top", "right"]].set_visible(False)
+    plots[0][0].set_ylabel("tokens/s, all rows")
+    plots[0][-1].legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _measured(found: dict) -> list[dict]:
+    return [cell for cell in found["grid"]["cells"] if cell["void"] is None]
+
+
+def _rates(axes, cells: Sequence[dict], side: str, name: str, colour: str) -> None:
+    """One line with the span of the runs at each point."""
+    middle = [statistics.median(cell[side]) for cell in cells]
+    span = [
+        [m - min(cell[side]) for m, cell in zip(middle, cells, strict=True)],
+        [max(cell[side]) - m for m, cell in zip(middle, cells, strict=True)],
+    ]
+    at = [cell["context"] for cell in cells]
+    axes.errorbar(at, middle, span, label=name, color=colour, marker="o", markersize=4, capsize=3)
+
+
 def _table(rows: Sequence[dict]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ranking.COLUMNS[:-1])
+    names = [*ranking.COLUMNS[:-1], "of a plain read"]
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = []
     for rank, row in enumerate(rows, 1):
-        cells = ranking._cells(str(rank), row)[:-1]
+        part = roofline.share(row["found"], "patched")
+        cells = [*ranking.cells(str(rank), row)[:-1], "-" if part is None else f"{part:.1%}"]
         kind = escape(row["decision"].split(":")[0])
         tds = "".join(f"<td>{escape(cell.strip('`'))}</td>" for cell in cells)
         body.append(f'<tr class="{kind}">{tds}</tr>')
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _grid_table(rows: Sequence[dict]) -> str:
+    """Every cell of every variant, void ones with their reason."""
+    body = []
+    for row in rows:
+        for cell in row["found"].get("grid", {}).get("cells", []):
+            where = [row["variant"], str(cell["context"]), str(cell["batch"])]
+            if cell["void"] is None:
+                both = [statistics.median(cell[f"{k}_tok_s"]) for k in ("baseline", "patched")]
+                rates = f"{both[0]:.1f} -> {both[1]:.1f}"
+                where += [rates, f"{cell['decode_speedup']:.3f}x", span(cell["interval"])]
+            else:
+                where += [f"void: {cell['void']}", "", ""]
+            body.append("<tr>" + "".join(f"<td>{escape(w)}</td>" for w in where) + "</tr>")
+    if not body:
+        return ""
+    names = ("variant", "context", "batch", "tok/s", "decode", "95 %")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<h3>Context and batch</h3><table><tr>{head}</tr>{''.join(body)}</table>"
 
 
 def _reasons(rows: Sequence[dict]) -> str:
@@ -76,7 +171,8 @@ def render(rows: Sequence[dict]) -> str:
     parts = ["<h1>moefuse ranking</h1>"]
     for (quick, hardware, model, _), found in ranking.groups(rows):
         title = f"{model} on {hardware}" + (" (quick: a first look)" if quick else "")
-        parts += [f"<h2>{escape(title)}</h2>", plot(found), _table(found), _reasons(found)]
+        parts += [f"<h2>{escape(title)}</h2>", plot(found), _table(found), plot_ceiling(found)]
+        parts += [_grid_table(found), plot_grid(found), _reasons(found)]
     if not rows:
         parts.append("<p>No capsule yet.</p>")
     return (

@@ -54,14 +54,14 @@ def memory_source() -> str:
     return "rss" if on_cpu and rss_is_resettable() else "mlx"
 
 
-def _reset_peak(source: str) -> None:
+def reset_peak(source: str) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     if source == "rss":
         CLEAR_REFS.write_text("5")
 
 
-def _peak_gb(source: str) -> float:
+def peak_gb(source: str) -> float:
     if source == "mlx":
         return mx.get_peak_memory() / 1e9
     line = next(ln for ln in STATUS.read_text().splitlines() if ln.startswith("VmHWM"))
@@ -114,7 +114,7 @@ def generate(
     gc.disable()  # a collection inside one run of a pair would be charged to its side
     try:
         with wired_limit(model, [generation_stream]):
-            _reset_peak(source)
+            reset_peak(source)
             tokens = []
             begin = time.perf_counter()
             for token, _ in steps:
@@ -133,7 +133,7 @@ def generate(
         prefill_s=prefilled - begin if cache is None else None,
         first_token_s=first - prefilled,
         decode_s=end - first,
-        peak_mem_gb=_peak_gb(source),
+        peak_mem_gb=peak_gb(source),
         peak_mlx_gb=mx.get_peak_memory() / 1e9,
     )
 

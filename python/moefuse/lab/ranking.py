@@ -44,7 +44,7 @@ def groups(rows: Sequence[dict]) -> list[tuple[tuple, list[dict]]]:
     return [(key, list(found)) for key, found in groupby(ordered, key=_place)]
 
 
-def _cells(rank: str, row: dict) -> tuple[str, ...]:
+def cells(rank: str, row: dict) -> tuple[str, ...]:
     found = row["found"]
     lengths = found["summary"]["lengths"]
     parts = [
@@ -71,7 +71,7 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _is_control(row: dict) -> bool:
+def is_control(row: dict) -> bool:
     return row["decision"] == "control"
 
 
@@ -102,7 +102,7 @@ def _section(key: tuple, rows: Sequence[dict]) -> list[str]:
         f"{first['model']['kind']} checkpoint `{digest[:19]}`; {shape}.\n",
     ]
     for row in rows:
-        if _is_control(row):
+        if is_control(row):
             aa = row["found"]["control"]
             caught = ", ".join(f"{k} {v}" for k, v in aa["faults"].items())
             lines.append(
@@ -110,9 +110,9 @@ def _section(key: tuple, rows: Sequence[dict]) -> list[str]:
                 f"{aa['self_matched']}/{aa['self_total']} tokens; planted faults: {caught}.\n"
             )
     lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
-    ranked = [row for row in rows if not _is_control(row)]
-    lines += [_line(_cells(str(i), row)) for i, row in enumerate(ranked, 1)]
-    lines += [_line(_cells("-", row)) for row in rows if _is_control(row)]
+    ranked = [row for row in rows if not is_control(row)]
+    lines += [_line(cells(str(i), row)) for i, row in enumerate(ranked, 1)]
+    lines += [_line(cells("-", row)) for row in rows if is_control(row)]
     lines.append("\n" + _best_line(ranked))
     refused = [r for r in ranked if r["decision"] == "reject" or r["decision"].startswith("void")]
     if refused:

@@ -1,8 +1,9 @@
 """Checkpoints with a real model's layer geometry and random weights, for timing.
 
-Speed does not depend on the values, but routing and margins have to look alive: quantised codes
-are uniform and scales are chosen so that every projection keeps its input's size, router logits
-spread by about two and output logits by about three. The same seed gives the same bytes.
+Speed does not depend on the values, but a gate on tokens proves something only on a model that is
+decided: activations in range, experts used alike, a best token that leads as in a trained model
+and text that goes on. Codes are uniform; scales and the output rows see to the rest. The same
+seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -84,7 +86,27 @@ LIKE = {
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
-ROUTER_SPREAD, LOGIT_SPREAD = 2.0, 3.0
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
+
+# What makes a model decided, measured beside the trained checkpoints (docs/LAB.md).
+ROUTER_SPREAD = {"qwen3_moe": 1.5, "glm4_moe_lite": 1.0}  # deviation of the router's logits
+ATTENTION_SPREAD = 1.5  # deviation of the attention scores: heads look somewhere
+LOGIT_SPREAD = 3.4  # deviation of the output logits of tokens that nothing speaks for
+# How much of the last hidden vector is the last token's embedding (a cosine). The less there is,
+# the more the layers decide, and the more they enlarge the rounding errors of the layers before.
+EMBEDDING_SHARE = 0.7
+# Of 32 parts of an output row, each from another token's embedding: a token's successors.
+SUCCESSORS = (6, 5, 4, 3, 3, 3, 2, 2, 2, 2)
+# What a branch's last projection is multiplied by to add about 1 (rms) to the residual stream.
+BRANCH = {
+    "qwen3_moe": {"self_attn.o_proj": 1.4, "switch_mlp.down_proj": 6.0},
+    "glm4_moe_lite": {
+        "self_attn.o_proj": 1.4,
+        "switch_mlp.down_proj": 3.3,
+        "shared_experts.down_proj": 1.0,
+        "mlp.down_proj": 1.7,
+    },
+}
 
 
 def _module(config: dict):
@@ -106,65 +128,103 @@ def _module(config: dict):
     return model, layers
 
 
-def _deviation(name: str, fan_in: int, layers: int) -> float:
-    """Standard deviation of the weights of one matrix."""
-    if name.endswith("mlp.gate"):
-        return ROUTER_SPREAD / math.sqrt(fan_in)
-    if name.startswith("lm_head"):
-        return LOGIT_SPREAD / math.sqrt(fan_in)
-    if name.endswith("embed_tokens"):
-        return 1.0
-    residual = name.endswith(("o_proj", "down_proj"))  # these add to the residual stream
-    return (1 / math.sqrt(2 * layers) if residual else 1.0) / math.sqrt(fan_in)
+def _rng(seed: int, name: str) -> np.random.Generator:
+    """Each tensor has its own numbers, so order and sharding change nothing."""
+    return np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
 
 
 class Maker:
-    """Draws tensors by name: each has its own key, so order and sharding change nothing."""
+    """Draws tensors by name. All by numpy on the host: the same bytes on every device."""
 
-    def __init__(self, seed: int, config: dict, quantized: dict, known_tokens: int):
-        self.seed, self.layers = seed, config["num_hidden_layers"]
+    def __init__(self, seed: int, config: dict, quantized: dict, known_tokens: int, dtype: str):
+        self.seed, self.config, self.dtype = seed, config, DTYPES[dtype]
         self.quantized, self.known_tokens = quantized, known_tokens
-
-    def key(self, name: str) -> mx.array:
-        return mx.random.key((self.seed << 32) ^ zlib.crc32(name.encode()))
+        # Two branches a layer, independent of each other, make up what is not the embedding.
+        self.branch = math.sqrt((1 / EMBEDDING_SHARE**2 - 1) / (2 * config["num_hidden_layers"]))
 
     def bits(self, base: str) -> int:
         return self.quantized.get(base, {}).get("bits", BITS)
 
-    def _scales(self, base: str, shape: tuple) -> mx.array:
-        bits = self.bits(base)
-        levels = math.sqrt((4**bits - 1) / 12)  # deviation of a uniform code
-        size = _deviation(base, shape[-1] * GROUP, self.layers) / levels
-        jitter = mx.random.uniform(0.75, 1.25, shape, key=self.key(base + ".scales"))
-        scales = (size * jitter).astype(mx.bfloat16)
-        if base == "lm_head":  # tokens the tokenizer does not know get logit 0, never the best
-            known = mx.arange(shape[0])[:, None] < self.known_tokens
-            scales = mx.where(known, scales, mx.zeros_like(scales))
-        return scales
+    def gain(self, base: str) -> float:
+        """Size of a projection's output (rms) when its input's is 1."""
+        if base.endswith("mlp.gate"):
+            return ROUTER_SPREAD[self.config["model_type"]]
+        if base.endswith("q_b_proj"):  # GLM: no norm on a head's queries; scores over the latent
+            c = self.config
+            scored, scale = c["kv_lora_rank"], c["qk_nope_head_dim"]
+            rope = c["qk_rope_head_dim"]
+            return ATTENTION_SPREAD * math.sqrt((scale + rope) / (scored + rope))
+        ends = BRANCH[self.config["model_type"]].items()
+        return next((self.branch * size for end, size in ends if base.endswith(end)), 1.0)
 
-    def _codes(self, name: str, shape: tuple) -> mx.array:
+    def _deviation(self, base: str, fan_in: int) -> float:
+        if base.endswith("embed_tokens"):
+            return 1.0
+        if base == "lm_head":
+            return LOGIT_SPREAD / math.sqrt(fan_in)
+        return self.gain(base) / math.sqrt(fan_in)
+
+    def _cast(self, values: np.ndarray) -> mx.array:
+        return mx.array(values).astype(self.dtype)
+
+    def _scales(self, base: str, shape: tuple) -> np.ndarray:
+        levels = math.sqrt((4 ** self.bits(base) - 1) / 12)  # deviation of a uniform code
+        jitter = _rng(self.seed, base + ".scales").uniform(0.75, 1.25, shape)
+        scales = jitter * (self._deviation(base, shape[-1] * GROUP) / levels)
+        return scales.astype(np.float32)
+
+    def _codes(self, name: str, shape: tuple) -> np.ndarray:
         """Uniform quantised codes, eight or four to a word: plain random bits."""
-        source = np.random.PCG64([self.seed, zlib.crc32(name.encode())])
-        words = source.random_raw((math.prod(shape) + 1) // 2).view(np.uint32)
-        return mx.array(words[: math.prod(shape)]).reshape(shape)
+        words = _rng(self.seed, name).bit_generator.random_raw((math.prod(shape) + 1) // 2)
+        return words.view(np.uint32)[: math.prod(shape)].reshape(shape)
+
+    def _packed(self, base: str, part: str, shape: tuple) -> np.ndarray:
+        """Codes, scales or biases; the biases centre the codes, so that the mean weight is 0."""
+        if part == "weight":
+            return self._codes(base + ".weight", shape)
+        scales = np.array(self._cast(self._scales(base, shape)).astype(mx.float32))
+        return scales if part == "scales" else scales * (-(2 ** self.bits(base) - 1) / 2)
+
+    def _output_rows(self, part: str, shape: tuple) -> np.ndarray:
+        """lm_head: a known token's row is made of pieces of its predecessors' embeddings.
+
+        Each token so has a few successors that it speaks for, the first the loudest, and what
+        the layers add decides among them. Other rows are zero: they are never chosen.
+        """
+        known = self.known_tokens
+        if part == "weight":
+            source = self._codes("model.embed_tokens.weight", (known, shape[1]))
+        else:
+            ones = _rng(self.seed, "model.embed_tokens.scales").uniform(
+                0.75, 1.25, (known, shape[1])
+            )
+            levels = math.sqrt((4**BITS - 1) / 12)
+            size = self._deviation("lm_head", shape[1] * GROUP) / levels
+            source = np.array(self._cast((ones * size).astype(np.float32)).astype(mx.float32))
+            source *= 1 if part == "scales" else -(2**BITS - 1) / 2
+        rows = np.zeros(shape, source.dtype)
+        pieces = np.repeat(np.arange(len(SUCCESSORS)), SUCCESSORS)
+        pieces = pieces[np.arange(shape[1]) * len(pieces) // shape[1]]
+        for piece in range(len(SUCCESSORS)):
+            before = _rng(self.seed, f"successor {piece}").permutation(known)
+            columns = pieces == piece
+            rows[:known, columns] = source[before][:, columns]
+        return rows
 
     def make(self, name: str, like: mx.array, packed: bool) -> mx.array:
         """One tensor of `like`'s shape; `packed`: its matrix is quantised."""
         base, _, part = name.rpartition(".")
-        key = self.key(name)
         if part == "e_score_correction_bias":
-            return 0.05 * mx.random.normal(like.shape, key=key)
-        if packed and part == "weight":
-            return self._codes(name, like.shape)
-        if packed and part == "scales":
-            return self._scales(base, like.shape)
-        if packed and part == "biases":  # centres the codes: their mean weight is zero
-            centre = -(2 ** self.bits(base) - 1) / 2
-            return (centre * self._scales(base, like.shape).astype(mx.float32)).astype(mx.bfloat16)
+            return mx.array(0.05 * _rng(self.seed, name).standard_normal(like.shape, np.float32))
+        if packed:
+            make = self._output_rows if base == "lm_head" else partial(self._packed, base)
+            values = make(part, like.shape)
+            return mx.array(values) if part == "weight" else self._cast(values)
         if like.ndim == 1:  # norm weights
-            return mx.ones(like.shape, mx.bfloat16)
-        size = _deviation(base, like.shape[-1], self.layers)
-        return (size * mx.random.normal(like.shape, key=key)).astype(mx.bfloat16)
+            size = ATTENTION_SPREAD if base.endswith("q_norm") else 1.0
+            return self._cast(np.full(like.shape, size, np.float32))
+        values = _rng(self.seed, name).standard_normal(like.shape, np.float32)
+        return self._cast(values * self._deviation(base, like.shape[-1]))
 
 
 def _shard_of(name: str) -> str:
@@ -219,16 +279,19 @@ def write(
     tokenizer: Path,
     vocab: int | None = None,
     seed: int = 0,
+    dtype: str = "bfloat16",
     tick: Callable[[int], None] = lambda shards: None,
 ) -> dict:
     """Write a checkpoint folder (whole, or not at all) and return its config.
 
     layers, vocab: None keeps the real model's count. The vocabulary must hold the tokenizer's;
-    the rest is padding that is never chosen.
+    the rest is padding that is never chosen. dtype: of scales, norms and activations.
     """
     if like not in LIKE:
         raise LabError(f"[synth] like: expected one of {sorted(LIKE)}, got {like!r}")
     config = dict(LIKE[like])
+    if dtype not in DTYPES:
+        raise LabError(f"[synth] dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
     depth = config["num_hidden_layers"] if layers is None else layers
     first = config.get("first_k_dense_replace", 0) + 1
     if depth < first:
@@ -246,9 +309,11 @@ def write(
             raise LabError(f"[synth] vocab: expected at least {known}, got {vocab}")
         model, quantized = _module(config)
         config["quantization"] = config["quantization_config"] = quantized
+        config["torch_dtype"] = dtype
         real = {k: LIKE[like][k] for k in ("num_hidden_layers", "vocab_size")}
         config["moefuse_synth"] = {"like": like, "seed": seed, "real": real}
-        _write_tensors(folder, model, Maker(seed, config, quantized, known), tick)
+        with mx.stream(mx.cpu):
+            _write_tensors(folder, model, Maker(seed, config, quantized, known, dtype), tick)
         files.write_atomic(folder / "config.json", files.dump_json(config))
         folder.rename(out)
     return config
