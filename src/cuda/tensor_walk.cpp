@@ -146,8 +146,8 @@ TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copie
     const int wanted = metal::blocks(grid, multiprocessors_);
     const int resident = std::clamp(kRegisters / registers, 1, wanted);
     const int waves = metal::blocks(grid, multiprocessors_ * resident);
-    best =
-        std::min(best, {waves * resident * pieces, many ? -resident : resident, tiles, resident});
+    best = std::min(
+        best, {waves * resident * pieces, many && tiles == 1 ? 0 : resident, tiles, resident});
   }
   return {best[2], best[3]};
 }

@@ -47,8 +47,8 @@ class TensorWalk : public metal::Walk {
   struct Tiling {
     int tiles = 1, resident = 1;
   };
-  // Of equal ones the fewest blocks, since each brings its row to the grid for itself, or the most,
-  // which is faster where the weights come last.
+  // Of equal ones the fewest blocks, since each brings its row to the grid for itself, or one tile
+  // a block, which is faster where the weights come last.
   Tiling tiling(int tile_count, int slices, int copies = 1, bool many = false) const;
   // Blocks for which a multiprocessor has to have registers: two, so that the next kernel's come
   // beside this one's, where not several rows need them all.
