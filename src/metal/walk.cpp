@@ -40,7 +40,8 @@ void Walk::append(std::vector<mx::array>& inputs, const Matrix& m) {
 }
 
 const mx::array& Walk::constant(float v) {
-  return constants_.try_emplace(v, wide_constants ? mx::full({16}, v) : mx::array({v})).first->second;
+  return constants_.try_emplace(v, wide_constants ? mx::full({16}, v) : mx::array({v}))
+      .first->second;
 }
 
 std::vector<mx::array> Walk::outputs(const char* name, std::vector<mx::array> inputs,
