@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "mlx/backend/cuda/cuda.h"
 #include "mlx/mlx.h"
 #include "moefuse/decoder.h"
 
@@ -301,6 +302,14 @@ int main(int argc, char** argv) {
       o.rows = numbers(value);
     else
       o.family = arg;
+  }
+  if (!mx::cu::is_available()) {
+    std::printf("skipped: MLX has no CUDA device here\n");
+    return 77;
+  }
+  if (o.family != "qwen" && o.family != "glm") {
+    std::fprintf(stderr, "step_bench: family: expected qwen or glm, got '%s'\n", o.family.c_str());
+    return 2;
   }
   mx::set_default_device(mx::Device::gpu);
   const bool is_qwen = o.family == "qwen";

@@ -212,8 +212,6 @@ void compare_tokens(const std::string& name) {
     mx::array want = cpu.step({{token, 0, slot, 0, slot}}, cpu_caches);
     mx::array difference = mx::sqrt(mx::sum(mx::square(got - want)) / mx::sum(mx::square(want)));
     mx::eval(difference);
-    std::printf("%s slot %d: %g rms %g\n", name.c_str(), slot, difference.item<float>(),
-                mx::sqrt(mx::mean(mx::square(got - want))).item<float>());
     EXPECT_LT(difference.item<float>(), 0x1p-5) << slot;
     token = mx::argmax(want).item<uint32_t>();
   }

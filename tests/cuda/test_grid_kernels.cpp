@@ -1,0 +1,247 @@
+// CUDA's GEMV texts in the emulator against fp64 inside a computed bound, and its routers against
+// the shared ones bit for bit. The bound is shown to catch what it should.
+#include "tensor_kernels.h"
+// The texts come first.
+#include "harness.h"
+
+namespace {
+
+using namespace harness;
+using T = bfloat16_t;
+
+// Row `row` of a stack times x as the grid has it: x is off by at most half a step of its group,
+// the step by a few roundings, and every sum in fp32 by as many roundings as it has terms.
+Approx grid_dot(const Stack<T>& m, size_t row, const std::vector<double>& x) {
+  Approx y;
+  double magnitude = 0.0;
+  for (size_t group = 0; group < m.cols / 64; ++group) {
+    double top = 0.0;
+    for (size_t k = group * 64; k < group * 64 + 64; ++k) top = std::max(top, std::abs(x[k]));
+    const double off = 0.51 * top / 32512.0;
+    for (size_t k = group * 64; k < group * 64 + 64; ++k) {
+      const double w = m.scale(row, k) * m.quant(row, k) + m.bias(row, k);
+      const double size = std::abs(m.scale(row, k)) * m.quant(row, k) + std::abs(m.bias(row, k));
+      y.value += w * x[k];
+      y.error += std::abs(w) * off;
+      magnitude += size * (std::abs(x[k]) + off);
+    }
+  }
+  y.error += kUnit * (16.0 + m.cols / 256.0) * magnitude;
+  return y;
+}
+
+template <typename V>
+std::vector<double> doubles(const V& values, size_t from, size_t count) {
+  std::vector<double> d;
+  for (size_t i = 0; i < count; ++i) d.push_back(static_cast<float>(values[from + i]));
+  return d;
+}
+
+bool inside(float got, Approx want) {
+  return std::abs(got - want.value) <= want.error;  // false for NaN
+}
+
+struct Linear {
+  using T = bfloat16_t;
+  static constexpr int ROWS = 2, COLS = 320, N = 40;
+};
+constexpr size_t kRows = 2;
+
+struct LinearRun {
+  Stack<T> m{1, Linear::N, Linear::COLS, 4, 64};
+  Buffer<T> x{uniform_vector<T>(kRows * Linear::COLS, -2.0f, 2.0f)};
+  Buffer<T> residual{uniform_vector<T>(kRows * Linear::N, -1.0f, 1.0f)};
+
+  Buffer<T> run() {
+    auto [out] = in_every_order([&](Order order) {
+      Buffer<T> to = Buffer<T>::output(kRows * Linear::N);
+      kernels::grid_linear_residual<Linear> kernel{x, m.weight, m.scales, m.biases, residual, to};
+      check_sizes(kernel, {.rows = kRows, .capacity = 0, .batches = 0, .sequences = 1});
+      emulator::dispatch({3, 1, 1}, 256, order, [&] { kernel(); });
+      return std::tuple(to);
+    });
+    return out;
+  }
+  // How many of the results lie outside their bound.
+  size_t outside(const Buffer<T>& out) const {
+    size_t count = 0;
+    for (size_t r = 0; r < kRows; ++r) {
+      const auto row = doubles(x.values(), r * Linear::COLS, Linear::COLS);
+      for (size_t n = 0; n < Linear::N; ++n) {
+        const Approx y = round_to<T>(grid_dot(m, n, row));
+        const double before = static_cast<float>(residual.values()[r * Linear::N + n]);
+        const Approx want = round_to<T>(add({before, 0}, y));
+        count += !inside(static_cast<float>(out.values()[r * Linear::N + n]), want);
+      }
+    }
+    return count;
+  }
+};
+
+TEST(GridKernels, LinearResidualLiesInItsBound) {
+  LinearRun run;
+  EXPECT_EQ(run.outside(run.run()), 0u);
+}
+
+// The bound is no wider than it must be: one step of one weight is seen, at the last place too.
+TEST(GridKernels, TheBoundSeesAChangedWeight) {
+  LinearRun run;
+  const Buffer<T> out = run.run();
+  auto words = run.m.weight.values();
+  words.back() ^= 0x40000000u;
+  run.m.weight = Buffer<uint>(words);
+  EXPECT_EQ(run.outside(out), kRows);
+}
+
+TEST(GridKernels, TheBoundSeesASign) {
+  LinearRun run;
+  const Buffer<T> out = run.run();
+  auto values = run.x.values();
+  values.back() = T(-static_cast<float>(values.back()) - 1.0f);
+  run.x = Buffer<T>(values);
+  EXPECT_GT(run.outside(out), Linear::N / 2);
+}
+
+TEST(GridKernels, NanReachesEveryResultOfItsRow) {
+  LinearRun run;
+  auto values = run.x.values();
+  values[Linear::COLS + 7] = T(NAN);
+  run.x = Buffer<T>(values);
+  const Buffer<T> out = run.run();
+  for (size_t n = 0; n < Linear::N; ++n) {
+    EXPECT_FALSE(std::isnan(static_cast<float>(out.values()[n]))) << n;
+    EXPECT_TRUE(std::isnan(static_cast<float>(out.values()[Linear::N + n]))) << n;
+  }
+}
+
+struct Project {
+  using T = bfloat16_t;
+  static constexpr int ROWS = 1, TILES = 2, H = 576, STRIDE = 640, NQ = 48, NK = 16, NV = 21;
+};
+
+TEST(GridKernels, ProjectLiesInItsBound) {
+  using P = Project;
+  Stack<T> q(1, P::NQ, P::H, 4, 64), k(1, P::NK, P::H, 4, 64), v(1, P::NV, P::H, 4, 64);
+  Buffer<T> x(uniform_vector<T>(P::STRIDE, -3.0f, 3.0f)), norm(uniform_vector<T>(P::H, 0.5f, 1.5f));
+  Buffer<float> eps(std::vector<float>(16, 1e-6f));
+  constexpr int N = P::NQ + P::NK + P::NV;
+  auto [out] = in_every_order([&](Order order) {
+    Buffer<T> to = Buffer<T>::output(N);
+    kernels::grid_project<P> kernel{x,        norm,     eps,      q.weight, q.scales,
+                                    q.biases, k.weight, k.scales, k.biases, v.weight,
+                                    v.scales, v.biases, to};
+    check_sizes(kernel, {.rows = 1, .capacity = 0, .batches = 0, .sequences = 1});
+    emulator::dispatch({3, 1, 1}, 256, order, [&] { kernel(); });
+    return std::tuple(to);
+  });
+  const auto row = doubles(x.values(), 0, P::H), gains = doubles(norm.values(), 0, P::H);
+  double squares = 0.0;
+  std::vector<double> gained;
+  for (int i = 0; i < P::H; ++i) {
+    squares += row[i] * row[i];
+    gained.push_back(static_cast<float>(row[i] * gains[i]));
+  }
+  const double scale = 1.0 / std::sqrt(squares / P::H + 1e-6);
+  for (int n = 0; n < N; ++n) {
+    const Stack<T>& m = n < P::NQ ? q : n < P::NQ + P::NK ? k : v;
+    Approx y = grid_dot(m,
+                        n < P::NQ           ? n
+                        : n < P::NQ + P::NK ? n - P::NQ
+                                            : n - P::NQ - P::NK,
+                        gained);
+    const double size = std::abs(y.value) + y.error;
+    y = round_to<T>({y.value * scale, y.error * scale + size * scale * 64 * kUnit});
+    EXPECT_TRUE(inside(static_cast<float>(out.values()[n]), y)) << n;
+  }
+}
+
+// ---- the routers ----
+
+// Runs `choose` in one warp; lane 0's choice.
+template <int K, typename Choose>
+Choice<K> by_a_warp(const Choose& choose) {
+  Choice<K> chosen{};
+  emulator::dispatch({1, 1, 1}, 32, Order::shuffled, [&] {
+    const Choice<K> mine = choose(emulator::lane());
+    if (emulator::lane() == 0) chosen = mine;
+  });
+  return chosen;
+}
+
+template <int E>
+Spread<E> spread_of(const std::vector<float>& values, uint lane) {
+  Spread<E> s;
+  for (int p = 0; p < (E + 31) / 32; ++p) {
+    const size_t i = lane + 32u * p;
+    s.v[p] = i < values.size() ? values[i] : 0.0f;
+  }
+  return s;
+}
+
+std::vector<std::vector<float>> rows_of(size_t experts) {
+  std::vector<std::vector<float>> rows;
+  for (int i = 0; i < 40; ++i) {
+    std::vector<float> row = uniform_vector<float>(experts, -4.0f, 4.0f);
+    for (float& v : row) v = static_cast<float>(T(i % 4 == 0 ? std::round(v) : v));  // with ties
+    if (i == 1) row.assign(experts, 0.5f);
+    if (i == 2) row[experts - 1] = INFINITY;
+    if (i == 3) row[3] = -INFINITY;
+    if (i == 5) row[experts / 2] = NAN;
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+template <int K>
+void expect_same(const Choice<K>& a, const Choice<K>& b, size_t row) {
+  for (int i = 0; i < K; ++i) {
+    EXPECT_EQ(a.index[i], b.index[i]) << "row " << row << ", place " << i;
+    EXPECT_EQ(as_uint(a.value[i]), as_uint(b.value[i])) << "row " << row << ", place " << i;
+  }
+}
+
+template <int E, int K, bool NORM>
+void compare_softmax() {
+  const auto rows = rows_of(E);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (std::any_of(rows[r].begin(), rows[r].end(), [](float v) { return !std::isfinite(v); }) &&
+        r != 3)
+      continue;  // every score is NaN: whichever are chosen
+    auto want = by_a_warp<K>(
+        [&](uint lane) { return route_softmax<T, E, K, NORM>(spread_of<E>(rows[r], lane), lane); });
+    for (float& v : want.value) v = static_cast<float>(T(v));  // as store_choice stores them
+    expect_same<K>(by_a_warp<K>([&](uint lane) {
+                     return select_softmax<T, E, K, NORM>(spread_of<E>(rows[r], lane), lane);
+                   }),
+                   want, r);
+  }
+}
+
+TEST(GridKernels, SoftmaxRouterChoosesAsTheSharedOne) {
+  compare_softmax<128, 8, true>();
+  compare_softmax<40, 8, false>();
+  compare_softmax<10, 3, true>();
+}
+
+template <int E, int K>
+void compare_sigmoid() {
+  const auto rows = rows_of(E);
+  const std::vector<float> bias = uniform_vector<float>(E, -0.2f, 0.2f);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const auto want = by_a_warp<K>([&](uint lane) {
+      return route_sigmoid<E, K, true>(spread_of<E>(rows[r], lane), bias, 1.8f, lane);
+    });
+    expect_same<K>(by_a_warp<K>([&](uint lane) {
+                     return select_sigmoid<E, K, true>(spread_of<E>(rows[r], lane),
+                                                       spread_of<E>(bias, lane), 1.8f, lane);
+                   }),
+                   want, r);
+  }
+}
+
+TEST(GridKernels, SigmoidRouterChoosesAsTheSharedOne) {
+  compare_sigmoid<64, 4>();
+  compare_sigmoid<48, 4>();
+}
+
+}  // namespace
