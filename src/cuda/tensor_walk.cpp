@@ -31,6 +31,7 @@ int latent_shared_bytes(int heads, int latent, int rope) {
 
 // The first thing that a stage has and the kernels do not take, or "".
 struct Taker {
+  int top_k;
   std::string matrix(const Matrix& m, const char* name) const {
     if (m.bits != 4) return std::string(name) + " of " + std::to_string(m.bits) + " bits";
     if (m.group_size != 64)
@@ -91,8 +92,9 @@ struct Taker {
                 shared(grid_bytes(s.gate.cols, 8))});
   }
   std::string operator()(const ExpertsDown& s) const {
+    const int slots = top_k + (s.shared_down ? 1 : 0);
     return all({matrix(s.down, "down"), s.shared_down ? matrix(*s.shared_down, "shared down") : "",
-                shared(17 * grid_bytes(s.down.cols, 1) * (s.down.cols > 1024 ? 0 : 1))});
+                shared(slots * grid_bytes(s.down.cols, 1))});
   }
   std::string operator()(const DenseGateUp& s) const {
     return all({matrix(s.gate, "gate"), matrix(s.up, "up"),
@@ -111,7 +113,7 @@ struct Taker {
 std::string tensor_refusal(const Plan& plan) {
   if (plan.dtype != mx::bfloat16 && plan.dtype != mx::float16) return "float32 activations";
   for (const Stage& stage : plan.stages) {
-    const std::string why = std::visit(Taker{}, stage.work);
+    const std::string why = std::visit(Taker{plan.config.num_experts_per_tok}, stage.work);
     if (why.empty()) continue;
     return (stage.layer < 0 ? "" : "layers." + std::to_string(stage.layer) + ", ") + stage.name +
            ": " + why;
