@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_at_a_row(repo):
     out = repo / "benchmarks"
     out.mkdir()
     other = {key: "x" for key in ledger.KEYS} | {"capsule": "repro_capsules/other.json"}
-    ledger.append(out / ledger.NAME, {**other, "pad": "x" * 10_000})
+    ledger.append(out / ledger.NAME, {**other, "pad": "x" * 30_000})
     before = (out / ledger.NAME).read_bytes()
     code, said = run(repo, *ROUTER, preexec=limit_files(len(before) + 100))
     assert code == 2

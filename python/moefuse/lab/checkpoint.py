@@ -332,6 +332,7 @@ def load(checkpoint: Checkpoint):
 
     Raises ValueError, before a weight is read, with the estimate where it exceeds the free memory.
     """
+    checkpoint.require_unchanged()
     _core.check_memory(checkpoint.name, sum(f.stat().st_size for f in checkpoint.weight_files))
     model, config = _load(checkpoint, lazy=True)
     tokenizer = _load_tokenizer(checkpoint, config)
