@@ -17,14 +17,11 @@ std::vector<mx::array> arrays_of(const std::vector<LayerCache>& caches) {
   return arrays;
 }
 
-std::vector<const void*> buffers_of(const std::vector<LayerCache>& caches) {
-  std::vector<const void*> buffers;
+std::vector<const void*> addresses_of(const std::vector<LayerCache>& caches) {
+  std::vector<const void*> addresses;
   for (const LayerCache& c : caches)
-    for (const mx::array* a : {&c.keys, &c.values}) {
-      auto buffer = a->buffer();
-      buffers.push_back(buffer.ptr());
-    }
-  return buffers;
+    addresses.insert(addresses.end(), {address(c.keys), address(c.values)});
+  return addresses;
 }
 
 // Other devices have other clusters and other shared memory: nobody has run these kernels there.
@@ -48,8 +45,8 @@ CudaStep::Recorded& CudaStep::recorded(int rows, int longest,
                                        const std::vector<LayerCache>& caches) {
   const int splits = grouped_splits(longest);
   Recorded& r = recorded_[{rows, splits}];
-  auto buffers = buffers_of(caches);
-  if (r.replay && r.buffers == buffers) return r;
+  auto addresses = addresses_of(caches);
+  if (r.replay && r.addresses == addresses) return r;
   if (r.replay) wait();
   r.replay = std::make_unique<Replay>(rows, metal::rope_of(plan_).dims);
   const metal::WalkInputs inputs = {rows, caches, r.replay->tokens(), r.replay->places(),
@@ -61,7 +58,7 @@ CudaStep::Recorded& CudaStep::recorded(int rows, int longest,
                    .walk()
              : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
   r.replay->record(logits, arrays_of(caches));
-  r.buffers = std::move(buffers);
+  r.addresses = std::move(addresses);
   return r;
 }
 

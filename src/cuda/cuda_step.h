@@ -37,7 +37,7 @@ class CudaStep {
  private:
   struct Recorded {
     std::unique_ptr<Replay> replay;
-    std::vector<const void*> buffers;  // of the caches
+    std::vector<const void*> addresses;  // of the caches, as the graph has them
   };
   // longest: positions before the newest in the longest row.
   Recorded& recorded(int rows, int longest, const std::vector<LayerCache>& caches);

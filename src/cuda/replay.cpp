@@ -53,13 +53,6 @@ Stream flushed(mx::Stream s) {
 #endif
 }
 
-// mlx/backend/cuda/allocator.h: a buffer begins with its address. raw_ptr() would move it to the
-// host.
-char* address(const mx::array& a) {
-  auto buffer = a.buffer();
-  return *static_cast<char**>(buffer.ptr()) + a.offset();
-}
-
 const char* type_name(mx::Dtype dtype) {
   if (dtype == mx::bfloat16) return "bfloat16_t";
   if (dtype == mx::float16) return "float16_t";
@@ -168,6 +161,12 @@ class StepNode : public mx::Primitive {
   Replay& replay_;
   Feed feed_;
 };
+
+// mlx/backend/cuda/allocator.h: a buffer begins with its address.
+void* address(const mx::array& a) {
+  auto buffer = a.buffer();
+  return *static_cast<char**>(buffer.ptr()) + a.offset();
+}
 
 std::string source_of(const std::vector<metal::Call>& calls) {
   std::set<std::string> keys = {kFeedText};

@@ -26,6 +26,9 @@ struct Feed {
 // True where this MLX's stream can be reached and the variable MOEFUSE_CUDA_GRAPH is not 0.
 bool can_replay();
 
+// Where an array lies on the device. Its data() would move it to the host.
+void* address(const mx::array& a);
+
 // What NVRTC would be given for these calls: CUDA source with a function for each text. For
 // compilers on machines without a GPU.
 std::string source_of(const std::vector<metal::Call>& calls);

@@ -109,9 +109,3 @@ FUNC uint pick_index(const Choice<K>& chosen, uint i) {
   UNROLL for (int c = 1; c < K; ++c) v = i == uint(c) ? chosen.index[c] : v;
   return v;
 }
-template <int K>
-FUNC float pick_value(const Choice<K>& chosen, uint i) {
-  float v = chosen.value[0];
-  UNROLL for (int c = 1; c < K; ++c) v = i == uint(c) ? chosen.value[c] : v;
-  return v;
-}
