@@ -1,15 +1,18 @@
 """Decode rate through mlx-lm on a GPU, stock and with the step, at true geometry.
 
-Random weights in the model's own layout, a filled cache, greedy, A B B A; the prompt is one token,
-so that only decoding is timed.  python benchmarks/cuda/mlx_lm_decode.py qwen|glm [context] [tokens]
+Random weights in the model's own layout, a filled cache, greedy, A B B A for each context and
+batch; one row through mlx-lm's generate_step, several through its model and caches.
+  python benchmarks/cuda/mlx_lm_decode.py qwen|glm --contexts 128,1024,16384 --batches 1,2,4
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,25 +21,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import glm4_moe_lite, qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
+from moefuse.lab import environment, measure
+from moefuse.lab.synth import LIKE
 
-QWEN = {
-    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936,
-    "max_position_embeddings": 40960, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
-    "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False,
-}  # fmt: skip
-GLM = {
-    "model_type": "glm4_moe_lite", "hidden_size": 2048, "num_hidden_layers": 47,
-    "vocab_size": 154880, "max_position_embeddings": 202752, "num_attention_heads": 20,
-    "num_key_value_heads": 20, "intermediate_size": 10240, "moe_intermediate_size": 1536,
-    "n_routed_experts": 64, "num_experts_per_tok": 4, "n_shared_experts": 1,
-    "first_k_dense_replace": 1, "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64, "v_head_dim": 256, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-    "norm_topk_prob": True, "routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1,
-    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
-    "attention_bias": False,
-}  # fmt: skip
+NAMES = {"qwen": "qwen3-30b-a3b", "glm": "glm-4.7-flash"}
+SKIPPED = 8  # tokens in front of the timed ones
 
 
 def filled(name: str, value: mx.array, bits: dict[str, int]) -> mx.array:
@@ -74,10 +63,9 @@ def build(config: dict):
     return model
 
 
-def cache_at(model, context: int):
+def cache_at(model, context: int, rows: int):
     cache = make_prompt_cache(model)
-    warm = mx.array([[1]])
-    model(warm, cache=cache)
+    model(mx.ones((rows, 1), mx.int32), cache=cache)
     for c in cache:
         shapes = [(*a.shape[:2], context + 256, a.shape[3]) for a in (c.keys, c.values)]
         c.keys, c.values = (mx.random.normal(s).astype(mx.bfloat16) for s in shapes)
@@ -86,31 +74,112 @@ def cache_at(model, context: int):
     return cache
 
 
-def rate(model, context: int, tokens: int) -> float:
-    cache, stamps = cache_at(model, context), []
-    for _ in generate_step(mx.array([1]), model, max_tokens=tokens, prompt_cache=cache):
+def one_row(model, cache, tokens: int):
+    yield from generate_step(mx.array([1]), model, max_tokens=tokens, prompt_cache=cache)
+
+
+def several_rows(model, cache, tokens: int, rows: int):
+    """The next step is queued before the last one is waited for, as mlx-lm does."""
+    token, before = mx.arange(1, rows + 1), None
+    for _ in range(tokens):
+        token = mx.argmax(model(token[:, None], cache=cache)[:, -1], axis=-1)
+        mx.async_eval(token)
+        if before is not None:
+            mx.eval(before)
+        yield token
+        before = token
+    mx.eval(token)
+
+
+def rate(model, context: int, rows: int, tokens: int) -> tuple[float, float]:
+    """(tokens a second of all rows together, peak memory in GB)."""
+    cache, stamps = cache_at(model, context, rows), []
+    mx.reset_peak_memory()
+    steps = one_row(model, cache, tokens) if rows == 1 else several_rows(model, cache, tokens, rows)
+    for _ in steps:
         stamps.append(time.perf_counter())
-    return (len(stamps) - 9) / (stamps[-1] - stamps[8])
+    end = time.perf_counter()
+    return rows * (tokens - SKIPPED) / (end - stamps[SKIPPED - 1]), mx.get_peak_memory() / 1e9
 
 
-def main() -> None:
-    family, *rest = sys.argv[1:]
-    context, tokens = (int(v) for v in (*rest, *("1024", "128")[len(rest) :]))
-    model = build(QWEN if family == "qwen" else GLM)
-    print(f"{family}: {mx.get_active_memory() / 1e9:.2f} GB", flush=True)
-    stock, step = [], []
+def cell(model, context: int, rows: int, tokens: int) -> dict:
+    """Stock and step in A B B A; the step's counters show that it ran."""
+    rates, peaks = {"A": [], "B": []}, {"A": 0.0, "B": 0.0}
+    found = {"context": context, "batch": rows, "tokens": tokens, "calls": 0, "fallbacks": {}}
     for side in "ABBA":
         if side == "B":
             report = moefuse.patch(model, [], step=True, accumulate="fp32_no_fma")
-        began = time.perf_counter()
-        (stock if side == "A" else step).append(rate(model, context, tokens))
-        latest = (stock if side == "A" else step)[-1]
-        print(f"{side} {latest:.1f} tok/s ({time.perf_counter() - began:.1f} s)", flush=True)
-        if side == "B":
-            print(dict(report.calls), dict(report.fallbacks), flush=True)
-            moefuse.unpatch(model)
-    ratio = statistics.median(step) / statistics.median(stock)
-    print(f"{family} context {context}: stock {stock}, step {step}, {ratio:.1f}x", flush=True)
+        try:
+            value, peak = rate(model, context, rows, tokens)
+        finally:
+            if side == "B":
+                found["calls"] += report.calls.get("step", 0)
+                found["fallbacks"].update(report.fallbacks)
+                moefuse.unpatch(model)
+        rates[side].append(value)
+        peaks[side] = max(peaks[side], peak)
+        print(f"  context {context} rows {rows} {side}: {value:.1f} tok/s", flush=True)
+    found |= {"stock_tok_s": rates["A"], "step_tok_s": rates["B"]}
+    found |= {"peak_mem_gb": {"stock": peaks["A"], "step": peaks["B"]}}
+    found["ratio"] = statistics.median(rates["B"]) / statistics.median(rates["A"])
+    return found
+
+
+def prefill(model, length: int) -> dict:
+    """Stock's prefill, which is the step's too; the first call compiles and is not counted."""
+    ids = [1 + i % 1000 for i in range(length)]
+    seconds = [measure.prefill(model, ids)[1] for _ in range(3)][1:]
+    return {"tokens": length - 1, "tok_s": [(length - 1) / s for s in seconds]}
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=NAMES)
+    parser.add_argument("--contexts", type=numbers, default=[1024])
+    parser.add_argument("--batches", type=numbers, default=[1])
+    parser.add_argument("--prefill", type=numbers, default=[], help="prompt lengths")
+    parser.add_argument("--tokens", type=int, default=72, help="of which 8 are not timed")
+    parser.add_argument("--layers", type=int, help="default: all")
+    parser.add_argument("--vocab", type=int, help="default: the real one")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    chosen = arguments(words)
+    config = dict(LIKE[NAMES[chosen.family]])
+    config["num_hidden_layers"] = chosen.layers or config["num_hidden_layers"]
+    config["vocab_size"] = chosen.vocab or config["vocab_size"]
+    model = build(config)
+    found = {
+        "model": NAMES[chosen.family],
+        "layers": config["num_hidden_layers"],
+        "vocab": config["vocab_size"],
+        "weights_gb": mx.get_active_memory() / 1e9,
+        "device": environment.device_name(),
+        "gpu": environment.gpu(),
+        "versions": {n: environment.version_of(n) for n in ("mlx", "mlx-lm")},
+        "moefuse": moefuse.__version__,
+        "git_commit": environment.commit(environment.repository_root()),
+        "date": environment.now(),
+        "cells": [],
+        "prefill": [],
+    }
+    print(f"{found['model']}: {found['weights_gb']:.2f} GB on {found['device']}", flush=True)
+    jobs = [("cells", cell, (c, b, chosen.tokens)) for b in chosen.batches for c in chosen.contexts]
+    jobs += [("prefill", prefill, (length,)) for length in chosen.prefill]
+    for where, job, values in jobs:
+        try:
+            found[where].append(job(model, *values))
+        except RuntimeError as error:  # what the machine cannot run is told in its place
+            found[where].append({"void": str(error)[:300], "of": list(values)})
+        print(json.dumps(found[where][-1]), flush=True)
+        if chosen.json:  # whole after every cell
+            chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

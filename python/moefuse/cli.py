@@ -5,6 +5,7 @@ fail, a missed fault, a rerun outside its interval, a stale ranking); 2 bad inpu
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import shlex
@@ -115,7 +116,7 @@ def _progress() -> Iterator[Progress]:
 def _say(text: str) -> None:
     """A line of progress for logs, where there is no bar."""
     if not err_console.is_terminal:
-        err_console.print(text, markup=False, highlight=False)
+        err_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _size(text: str | None, option: str) -> tuple[int, int] | None:
@@ -226,6 +227,9 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(help="Start no variant after so long; --resume goes on.")
     ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared-control", help="Control and first variant in one pass.")
+    ] = False,
     prompts: Prompts = None,
     out: Out = Path("benchmarks"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stop left it.")] = False,
@@ -250,15 +254,18 @@ def bench(
     driver.prepare(out)
     options = {
         "--variants": variants, "--quick": quick, "--short": short, "--long": long,
-        "--context": context, "--batch": batch, "--prompts": prompts,
+        "--context": context, "--batch": batch, "--shared-control": shared, "--prompts": prompts,
     }  # fmt: skip
     outcomes = []
     with files.alone(out), _progress() as bar:
         for found in checked:
             command = _command(root, "bench", [found.path], options)
             outcomes.append(
-                _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline)
+                _bench_one(
+                    bar, found, plan, wanted, command, root, out, prompts, resume, deadline, shared
+                )
             )
+            gc.collect()  # the next model's peak memory is its own
         complaints = driver.write_ranking(out)
     for complaint in complaints:
         err_console.print(complaint, markup=False)
@@ -267,7 +274,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline):
+def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, deadline, shared):
     from .lab import bench as driver
 
     task = bar.add_task(found.name, total=None)
@@ -281,6 +288,7 @@ def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, de
         command=command,
         resume=resume,
         tick=lambda n: bar.advance(task, n),
+        say=_say,
     )
     unit = campaign.units()
     bar.update(task, total=unit * (len(wanted) + 1))
@@ -290,7 +298,7 @@ def _bench_one(bar, found, plan, wanted, command, root, out, prompts, resume, de
         if name:
             _say(f"{found.name}: {name} ({done + 1} of {len(wanted) + 1})")
 
-    return driver.run(campaign, wanted, told, deadline)
+    return driver.run(campaign, wanted, told, deadline, shared)
 
 
 def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
@@ -446,6 +454,9 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; exit code 1 if RANKING.md is stale.")
     ] = False,
+    stopped: Annotated[
+        bool, typer.Option("--stopped", help="Also write up campaigns that a stop cut short.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Regenerate RANKING.md from the ledger and its capsules."""
@@ -463,6 +474,10 @@ def report(
         err_console.print(f"{path.name}: {'up to date' if same else 'stale'}", markup=False)
         raise typer.Exit(0 if same else 1)
     driver.prepare(out)
+    if stopped:
+        for name in driver.write_up_stopped(out):
+            _say(f"written up: {name}")
+        text, _ = ranking.render(out)  # with the rows of capsules that the ledger lacked
     files.write_atomic(path, text)
     if html:
         from .lab import html as page

@@ -60,6 +60,7 @@ def open_campaign(
     command: str,
     resume: bool = False,
     tick: Callable[[int], None] = lambda units: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Campaign:
     """A campaign on a checked model; with `resume`, the unfinished one with equal settings."""
     path = prompt_file or prompts.find_file(found.path, root)
@@ -75,6 +76,7 @@ def open_campaign(
         command=command,
         identity=identity,
         tick=tick,
+        say=say,
     )
 
 
@@ -83,11 +85,13 @@ def run(
     wanted: Sequence[Variant],
     told: Callable[[str, int], None] = lambda name, done: None,
     deadline: float | None = None,
+    shared: bool = False,
 ) -> Outcome:
     """Measure the control and every variant that has no capsule yet, then write it up.
 
     told(variant name, how many are done) is called before each measurement. After the deadline
     (time.monotonic) no variant is started and nothing is written up: `--resume` goes on there.
+    shared: the first variant is measured together with the control.
     """
     have = stored(campaign.out, campaign.id)
     told(STOCK.name, 0)
@@ -95,27 +99,45 @@ def run(
         campaign.adopt_control(have[STOCK.name])
         outcome = Outcome(have[STOCK.name])
     else:
-        outcome = Outcome(campaign.measure_control())
+        campaign.say(campaign.forecast(wanted, shared))
+        outcome = Outcome(campaign.measure_control(wanted[0] if shared and wanted else None))
     for done, variant in enumerate(wanted, 1):
         told(variant.name, done)
         if variant.name in have:
             outcome.found.append(have[variant.name])
             continue
-        if deadline is not None and time.monotonic() > deadline:
+        late = deadline is not None and time.monotonic() > deadline
+        if late and variant not in campaign.beside:
             outcome.left.append(variant.name)
             continue
         try:
             outcome.found.append(campaign.measure_variant(variant))
         except LabError:
             raise
-        except (ValueError, NotImplementedError) as error:
-            outcome.skipped[variant.name] = str(error)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            outcome.skipped[variant.name] = str(error)[:500]
     told("", len(wanted) + 1)
     if outcome.left:
         return outcome
     text = notebook.entry(outcome.control, outcome.found, outcome.skipped)
-    notebook.add(campaign.out / notebook.NAME, text)
+    notebook.add(campaign.out / notebook.NAME, campaign.id, text)
     return outcome
+
+
+def write_up_stopped(out: Path) -> list[str]:
+    """Notebook entries of campaigns that a stop left without one; returns their names."""
+    book = out / notebook.NAME
+    written = book.read_text(encoding="utf-8") if book.exists() else ""
+    rows, _ = ledger.read(out / ledger.NAME)
+    names = []
+    for name in dict.fromkeys(row["campaign"] for row in rows):
+        have = stored(out, name)
+        control = have.pop(STOCK.name, None)
+        former = notebook.of_campaign(written, name)
+        if control and (not former or notebook.STOPPED in former):
+            notebook.add(book, name, notebook.entry(control, list(have.values()), {}, True))
+            names.append(name)
+    return names
 
 
 def write_ranking(out: Path) -> list[str]:

@@ -7,8 +7,9 @@ Each variant's capsule and row are on disk before the next variant starts.
 from __future__ import annotations
 
 import statistics
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from . import (
     grid,
     ledger,
     measure,
+    notebook,
     prompts,
     roofline,
     stats,
@@ -115,7 +117,8 @@ class Campaign:
     """State shared by the variants of one model.
 
     engine: the moefuse package (patch, unpatch, capabilities, __version__), or a stand-in;
-    prompts_of: tokenizer -> prompts; tick: called with token steps done, for a progress bar.
+    prompts_of: tokenizer -> prompts; tick: called with token steps done, for a progress bar;
+    say: called with a line on each timed run.
     """
 
     def __init__(
@@ -130,10 +133,14 @@ class Campaign:
         command: str,
         identity: str | None = None,
         tick: Callable[[int], None] = lambda units: None,
+        say: Callable[[str], None] = lambda line: None,
     ):
         self.checkpoint, self.plan, self.engine = checkpoint, plan, engine
-        self.root, self.out, self.command, self.tick = root, out, command, tick
+        self.root, self.out, self.command = root, out, command
+        self.tick, self.say = tick, say
         self.model, self.tokenizer = load(checkpoint)
+        if mx.default_device().type == mx.gpu:  # while it compiles, not in front of a capsule
+            threading.Thread(target=_digest_early, args=(checkpoint,), daemon=True).start()
         found = prompts_of(self.tokenizer)
         self.prompts = {p.name: p for p in found}
         self.schedule = make_schedule(found, plan)
@@ -145,6 +152,7 @@ class Campaign:
         self.snapshots: dict[str, list] = {}  # stock's caches of long prompts
         self.self_matched = self.self_total = 0
         self.control: dict | None = None
+        self.beside: dict[Variant, tuple | Exception] = {}  # pairs measured with the control
         self.roofline: dict | None = None
 
     # -- running --------------------------------------------------------------------------
@@ -198,16 +206,18 @@ class Campaign:
             self.tick(len(prompt.ids))
         return run
 
-    def _run_slot(self, slot: Slot, variant: Variant, sides: dict[str, Side]) -> None:
+    def _run_slot(self, slot: Slot, letters: str, variant: Variant, sides: dict) -> None:
+        """The runs of one slot in the order of `letters`: B is the variant, others are stock."""
         prompt = self.prompts[slot.prompt]
-        for letter in slot.order:
-            which = STOCK if letter == "A" else variant
+        for letter in letters:
+            which = variant if letter == "B" else STOCK
             run = self._generate(prompt, slot.tokens, which, sides[letter])
             sides[letter].runs.append(run)
+            self.say(f"{slot.length} {slot.prompt} {letter} {which.name}: {_run_line(run)}")
             if which == STOCK:
                 self._note_stock(slot.prompt, run.tokens)
-            if letter == "B":
-                sides["B"].tokens.setdefault(slot.prompt, []).append(run.tokens)
+            if letter != "A":
+                sides[letter].tokens.setdefault(slot.prompt, []).append(run.tokens)
 
     def _worst(self, side: Side) -> dict[str, tuple[int, ...]]:
         """Of each prompt's runs the one that left stock's tokens first, else the longest."""
@@ -223,12 +233,55 @@ class Campaign:
         sides, done = {"A": Side(), "B": Side()}, []
         void = None
         for slot in self.schedule:
-            self._run_slot(slot, variant, sides)
+            self._run_slot(slot, slot.order, variant, sides)
             done.append(slot)
             void = self._void(variant, sides["B"])
             if void:
                 break
         return sides, done, void
+
+    def run_beside(self, variant: Variant) -> tuple[dict[str, Side], list[Slot]]:
+        """The control's pairs with a variant's run between the two stock runs of each.
+
+        The variant's pairs share the first stock run of theirs and are kept for measure_variant.
+        """
+        sides = {"A": Side(), "B": Side(), "C": Side()}
+        kept: tuple | Exception | None = None
+        for count, slot in enumerate(self.schedule, 1):
+            letters = "ABC" if slot.order == "AB" else "CBA"
+            alone = letters.replace("B", "")
+            try:
+                self._run_slot(slot, letters if kept is None else alone, variant, sides)
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                if kept is not None:
+                    raise
+                kept = error  # the variant cannot run here: its slot again, stock alone
+                for side in sides.values():
+                    del side.runs[count - 1 :]
+                self._run_slot(slot, alone, variant, sides)
+                continue
+            if kept is None and (void := self._void(variant, sides["B"])):
+                kept = self._beside(sides, count, void)
+        self.beside[variant] = kept or self._beside(sides, len(self.schedule), None)
+        return {"A": sides["A"], "B": sides["C"]}, list(self.schedule)
+
+    def _beside(self, sides: dict[str, Side], count: int, void: str | None) -> tuple:
+        base = replace(sides["A"], runs=sides["A"].runs[:count])
+        return {"A": base, "B": sides["B"]}, self.schedule[:count], void
+
+    def forecast(self, variants: Sequence[Variant], shared: bool) -> str:
+        """How long stock's part will take, by the rate of a few tokens."""
+        prompt = self.prompts[self.schedule[0].prompt]
+        measure.warm_up(self.model, prompt.ids)
+        rate = measure.generate(self.model, prompt.ids, 9).decode_tok_s
+        timed = sum(slot.tokens for slot in self.schedule)
+        faults_ = len(faults.FAULTS) * (self.plan.lengths["short"][0] + 2 * self.plan.chunk)
+        extra = len(self.extra_prompts()) * self.plan.extra_tokens
+        tokens = timed * (2 + len(variants) - shared) + faults_ + extra
+        return (
+            f"stock decodes {rate:.1f} tok/s here: about {tokens / rate:.0f} s for its {tokens} "
+            f"tokens, and the time of {len(variants)} variants, prefill, oracle and compilation"
+        )
 
     def _void(self, variant: Variant, side: Side) -> str | None:
         layers = self.checkpoint.moe_layers
@@ -310,10 +363,16 @@ class Campaign:
 
     # -- recording ------------------------------------------------------------------------
 
-    def measure_control(self) -> dict:
-        """Stock against stock, and the gate against planted faults -> the control capsule."""
+    def measure_control(self, beside: Variant | None = None) -> dict:
+        """Stock against stock, and the gate against planted faults -> the control capsule.
+
+        beside: a variant to measure in the same pass, which saves it a stock run a pair.
+        """
         self.roofline = roofline.measure(self.model)
-        sides, done, _ = self.run_pairs(STOCK)
+        if beside:
+            sides, done = self.run_beside(beside)
+        else:
+            sides, done, _ = self.run_pairs(STOCK)
         verdict = self.judge(nullcontext, self._worst(sides["B"]))
 
         def noise(found: tuple) -> list[float]:
@@ -328,6 +387,8 @@ class Campaign:
             "capsule": self._name(STOCK),
             "faults": {name: self.check_fault(name).verdict for name in faults.FAULTS},
         }
+        if beside:
+            self.control["beside"] = beside.name
         missed = [k for k, v in self.control["faults"].items() if v != "fail"]
         told = f"not caught: {', '.join(missed)}" if missed else "every planted fault caught"
         decision = ("control", f"stock against stock; {told}")
@@ -344,7 +405,10 @@ class Campaign:
         """Pairs, verdict, decision -> the capsule, which is on disk when this returns."""
         if self.control is None:
             raise LabError("[campaign] control: expected the A/A control first, got none")
-        sides, done, void = self.run_pairs(variant)
+        measured = self.beside.pop(variant, None)
+        if isinstance(measured, Exception):
+            raise measured
+        sides, done, void = measured or self.run_pairs(variant)
         verdict = self.check_variant(variant, sides["B"])
         decision = stats.decide(
             void=void,
@@ -429,6 +493,16 @@ class Campaign:
         return found
 
 
+def _run_line(run: measure.Run) -> str:
+    prefill = f", prefill {run.prefill_tok_s:.0f}" if run.prefill_s else ""
+    return f"{run.decode_tok_s:.1f} tok/s{prefill}, peak {run.peak_mem_gb:.2f} GB"
+
+
+def _digest_early(checkpoint: Checkpoint) -> None:
+    with suppress(LabError, OSError):  # told where the digest is asked for
+        _ = checkpoint.digest
+
+
 def describe(checkpoint: Checkpoint, root: Path) -> dict:
     """The capsule's `model`."""
     return {
@@ -484,10 +558,11 @@ def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str
     }
     rows += _unlisted(out)
     ids = [r["campaign"] for r in rows if all(r.get(k) == v for k, v in same.items())]
-    book = out / "LAB_NOTEBOOK.md"
+    book = out / notebook.NAME
     written = book.read_text(encoding="utf-8") if book.exists() else ""
     newest = max(ids, default=None)
-    return newest if newest and f"## EXP-{newest}\n" not in written else None
+    entry = notebook.of_campaign(written, newest) if newest else ""
+    return newest if not entry or notebook.STOPPED in entry else None
 
 
 def stored(out: Path, identity: str) -> dict[str, dict]:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import struct
+import threading
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -108,16 +108,15 @@ class Checkpoint:
     def read_files(self) -> tuple[Path, ...]:
         return (self.path / "config.json", *self.weight_files)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        total = hashlib.sha256()
-        for file in self.read_files:
-            total.update(file.name.encode() + b"\0")
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    total.update(block)
+        with _DIGESTING:
+            if self.stamps not in _DIGESTS:
+                found = _digest(self.read_files)
+                self.require_unchanged()
+                _DIGESTS[self.stamps] = found
         self.require_unchanged()
-        return "sha256:" + total.hexdigest()
+        return _DIGESTS[self.stamps]
 
     def require_unchanged(self) -> None:
         """Raise LabError if a file is no longer the one that was checked."""
@@ -127,6 +126,20 @@ class Checkpoint:
                     f"[checkpoint] {file.name}: expected the file that was checked, "
                     "got one that has changed since"
                 )
+
+
+_DIGESTS: dict[tuple, str] = {}  # by stamps: a large model is read once
+_DIGESTING = threading.Lock()
+
+
+def _digest(paths: tuple[Path, ...]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode() + b"\0")
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                total.update(block)
+    return "sha256:" + total.hexdigest()
 
 
 def _stamp(file: Path) -> tuple:
@@ -327,13 +340,26 @@ def _load_tokenizer(checkpoint: Checkpoint, config: dict):
     return found
 
 
+def _check_memory(name: str, weight_bytes: int) -> None:
+    """Raise ValueError where the weights exceed the default device's free memory."""
+    device = mx.default_device()
+    free = mx.device_info(device).get("free_memory") if device.type == mx.gpu else None
+    if free is None:  # Metal does not tell, and shares the host's
+        _core.check_memory(name, weight_bytes)
+    elif weight_bytes > free:
+        raise LabError(
+            f"[checkpoint] {name}: expected weights that fit into the {free} bytes free on the "
+            f"device, got {weight_bytes}"
+        )
+
+
 def load(checkpoint: Checkpoint):
     """(model, tokenizer) as mlx_lm.load gives them, of the very files that were checked.
 
     Raises ValueError, before a weight is read, with the estimate where it exceeds the free memory.
     """
     checkpoint.require_unchanged()
-    _core.check_memory(checkpoint.name, sum(f.stat().st_size for f in checkpoint.weight_files))
+    _check_memory(checkpoint.name, sum(f.stat().st_size for f in checkpoint.weight_files))
     model, config = _load(checkpoint, lazy=True)
     tokenizer = _load_tokenizer(checkpoint, config)
     try:

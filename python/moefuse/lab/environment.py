@@ -11,7 +11,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-FLAGS = ("ZMLX_", "MOEFUSE_", "MLX_", "OMP_")
+FLAGS = ("ZMLX_", "MOEFUSE_", "MLX_", "OMP_", "CUDA_")
+COMMIT = "MOEFUSE_GIT_COMMIT"
 
 
 def now() -> str:
@@ -35,10 +36,13 @@ def repository_root() -> Path:
 
 
 def commit(root: Path) -> str | None:
-    """Short commit, with "-dirty" when tracked code differs from it; None outside git."""
+    """Short commit, with "-dirty" when tracked code differs from it.
+
+    Outside git what MOEFUSE_GIT_COMMIT says: of a copy that was sent without its history.
+    """
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     if head is None:
-        return None
+        return os.environ.get(COMMIT)
     code = ("CMakeLists.txt", "include", "src", "python")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *code)
     return head + ("-dirty" if changed else "")
@@ -70,9 +74,39 @@ def device_name() -> str:
     return f"{'cuda' if mx.cuda.is_available() else 'metal'}: {name}"
 
 
+def gpu() -> dict | None:
+    """The GPU that is the default device: what MLX and the driver say of it; None on a CPU."""
+    device = mx.default_device()
+    if device.type == mx.cpu:
+        return None
+    info = mx.device_info(device)
+    memory = info.get("total_memory") or info.get("memory_size")
+    found = {
+        "name": str(info.get("device_name", "unknown")),
+        "architecture": str(info.get("architecture", "unknown")),
+        "memory_gb": round(memory / 1e9, 1) if memory else None,
+    }
+    return {**found, **_nvidia_smi()}
+
+
+def _nvidia_smi() -> dict[str, str]:
+    """Driver, CUDA version and limits by nvidia-smi; nothing where there is none."""
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    try:
+        done = subprocess.run(
+            ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"),
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [word.strip() for word in done.stdout.splitlines()[0].split(",")]
+    return dict(zip(fields, values, strict=False))
+
+
 def flags() -> dict[str, str]:
     """Environment settings that change what runs; a value that is a path is not repeated."""
     found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(FLAGS)}
+    found.pop(COMMIT, None)
     return {k: "(a path)" if "/" in v else v for k, v in found.items()}
 
 
@@ -84,13 +118,14 @@ def version_of(name: str) -> str:
 
 
 def meta(engine, root: Path, command: str) -> dict:
-    """The capsule's `meta`, but for what the campaign itself adds."""
+    """The capsule's `meta`, but for what the campaign itself adds. memory_gb is the host's."""
     capabilities = engine.capabilities()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": now(),
         "device": device_name(),
         "memory_gb": round(memory / 1e9, 1),
+        **({"gpu": found} if (found := gpu()) else {}),
         "os": f"{_os_name()} {platform.machine()}",
         "mlx_version": version_of("mlx"),
         "mlx_lm_version": version_of("mlx-lm"),

@@ -7,18 +7,22 @@ tokens one at a time, by the decode path, because prefill takes other kernels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
+from . import LabError
 from .checkpoint import Checkpoint, load_weights
 from .measure import prefill
 from .prompts import Prompt
 from .stats import mean_interval
 
 CHUNK = 64  # forced positions per prompt
+ORACLE_GPU_CHUNK = 7  # prompt tokens at once: from 8 on MLX compiles other float32 kernels there
 MIN_POSITIONS = 32  # fewer show nothing: their interval is too narrow by far
 VERDICTS = ("identical", "closer", "fail")
 
@@ -72,11 +76,13 @@ def window(prompt: str, matched: int, total: int, chunk: int = CHUNK) -> Window:
     return Window(prompt, start, count)
 
 
-def forced_logits(model, prompt: Sequence[int], tokens: Sequence[int], at: Window) -> np.ndarray:
+def forced_logits(
+    model, prompt: Sequence[int], tokens: Sequence[int], at: Window, chunk: int = 2048
+) -> np.ndarray:
     """Logits [count, vocab], float32, for the given window of `tokens` after `prompt`."""
     prefix = [*prompt, *tokens[: at.start]]
     inputs = [prefix[-1], *tokens[at.start : at.start + at.count - 1]]
-    cache, _ = prefill(model, prefix)
+    cache, _ = prefill(model, prefix, chunk)
     rows = []
     for token in inputs:
         logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
@@ -84,12 +90,22 @@ def forced_logits(model, prompt: Sequence[int], tokens: Sequence[int], at: Windo
     return np.stack(rows)
 
 
-def load_oracle(checkpoint: Checkpoint):
-    """The float32 reference model."""
-    model = load_weights(checkpoint)
-    model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
-    return model
+def load_oracle(checkpoint: Checkpoint, model):
+    """The float32 reference of a loaded, unpatched `model`, whose codes it shares.
+
+    On CUDA float32 products would be made of TF32's 10 bits; MLX reads its switch once, so the
+    process has to be started with it.
+    """
+    if mx.cuda.is_available() and os.environ.get("MLX_ENABLE_TF32") != "0":
+        raise LabError("[fidelity] MLX_ENABLE_TF32: expected 0, for a float32 oracle, got no 0")
+    reference = load_weights(checkpoint, lazy=True)  # its arrays are replaced, so never read
+    reference.update(tree_map(_widened, model.parameters()))
+    mx.eval(reference.parameters())
+    return reference
+
+
+def _widened(a: mx.array) -> mx.array:
+    return a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a
 
 
 def logit_error(logits: np.ndarray, oracle: np.ndarray) -> np.ndarray:
@@ -190,10 +206,14 @@ class Oracle:
     ) -> tuple[dict, dict]:
         """(stock logits, oracle logits) by prompt name; the model must be unpatched."""
         missing = [at for at in windows.values() if at not in self._seen]
-        reference = load_oracle(self.checkpoint) if missing else None
+        reference = load_oracle(self.checkpoint, self.model) if missing else None
+        chunk = ORACLE_GPU_CHUNK if mx.default_device().type == mx.gpu else 2048
         for at in missing:
             case = (prompts[at.prompt].ids, tokens[at.prompt], at)
-            self._seen[at] = forced_logits(self.model, *case), forced_logits(reference, *case)
+            self._seen[at] = (
+                forced_logits(self.model, *case),
+                forced_logits(reference, *case, chunk),
+            )
         del reference
         mx.clear_cache()
         stock = {name: self._seen[at][0] for name, at in windows.items()}

@@ -11,6 +11,9 @@ NAME = "LAB_NOTEBOOK.md"
 HEADER = "# Lab notebook\n\nOne entry per campaign, newest last, written by `moefuse bench`.\n"
 
 
+STOPPED = "A stop left this campaign unfinished; `bench --resume` goes on with it."
+
+
 def span(interval: Sequence[float]) -> str:
     return f"{interval[0]:.3f}-{interval[1]:.3f}"
 
@@ -59,7 +62,9 @@ def _next(found: Sequence[dict], quick: bool) -> list[str]:
     return lines or ["Nothing follows from this campaign alone."]
 
 
-def entry(control: dict, found: Sequence[dict], skipped: dict[str, str]) -> str:
+def entry(
+    control: dict, found: Sequence[dict], skipped: dict[str, str], stopped: bool = False
+) -> str:
     """The text of one entry. `found`: variant capsules; `skipped`: variant -> why not measured."""
     meta, model = control["meta"], control["model"]
     sizes = ", ".join(
@@ -91,7 +96,7 @@ def entry(control: dict, found: Sequence[dict], skipped: dict[str, str]) -> str:
         + [f"- `{name}`: not measured: {why}" for name, why in skipped.items()],
         "Interpretation": _interpretation(control, found),
         "Decision": [f"Promote `{best[0]['variant']}`."] if best else ["Promote nothing."],
-        "Next": _next(found, meta["quick"]),
+        "Next": [*([STOPPED] if stopped else []), *_next(found, meta["quick"])],
     }
     body = "\n\n".join(f"**{name}.** " + _join(lines) for name, lines in sections.items())
     return f"\n## EXP-{meta['campaign']}\n\n{body}\n"
@@ -101,8 +106,18 @@ def _join(lines: Sequence[str]) -> str:
     return "\n" + "\n".join(lines) if lines[0].startswith("- ") else " ".join(lines)
 
 
-def add(path: Path, text: str) -> None:
-    """Append an entry, whole or not at all."""
+def of_campaign(text: str, name: str) -> str:
+    """The entry of one campaign in the notebook's text; empty if there is none."""
+    start = text.find(f"\n## EXP-{name}\n")
+    if start < 0:
+        return ""
+    end = text.find("\n## EXP-", start + 1)
+    return text[start:] if end < 0 else text[start:end]
+
+
+def add(path: Path, name: str, text: str) -> None:
+    """Append a campaign's entry, or put it in the place of an earlier one; whole or not at all."""
     with files.locked(path.with_name(f".{path.name}.lock")):
         old = path.read_text(encoding="utf-8") if path.exists() else HEADER
-        files.write_atomic(path, old + text)
+        former = of_campaign(old, name)
+        files.write_atomic(path, old.replace(former, text) if former else old + text)

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from .. import _core, step
+from .roofline import read_rate
 
 TOKENS = 32
 WARMUP_TOKENS = 4  # the first touch of weights and buffers is not the stages' time
@@ -27,13 +28,13 @@ def examine(model, accumulate: str, tokens: int = TOKENS) -> dict:
         ran = _core.has_executor()
         ceilings = []
         if ran:
-            ceilings.append(_core.read_bandwidth(weight_bytes))
+            ceilings.append(read_rate(weight_bytes))
             token, cache = _decode(model, 0, make_prompt_cache(model), WARMUP_TOKENS)
             before = _fold(decoder.stages())
             _decode(model, token, cache, tokens)
             for stage, old, new in zip(stages, before, _fold(decoder.stages()), strict=True):
                 stage["seconds"] = (new["seconds"] - old["seconds"]) / tokens
-            ceilings.append(_core.read_bandwidth(weight_bytes))
+            ceilings.append(read_rate(weight_bytes))
     finally:
         attached.detach()
     seconds = sum(stage["seconds"] for stage in stages) or None

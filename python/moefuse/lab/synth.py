@@ -11,12 +11,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -164,8 +167,12 @@ class Maker:
             return LOGIT_SPREAD / math.sqrt(fan_in)
         return self.gain(base) / math.sqrt(fan_in)
 
-    def _cast(self, values: np.ndarray) -> mx.array:
-        return mx.array(values).astype(self.dtype)
+    def _round(self, values: np.ndarray) -> np.ndarray:
+        """float32 values that the checkpoint's dtype holds: to nearest, ties to even."""
+        if self.dtype != mx.bfloat16:
+            return values
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
     def _scales(self, base: str, shape: tuple) -> np.ndarray:
         levels = math.sqrt((4 ** self.bits(base) - 1) / 12)  # deviation of a uniform code
@@ -175,14 +182,15 @@ class Maker:
 
     def _codes(self, name: str, shape: tuple) -> np.ndarray:
         """Uniform quantised codes, eight or four to a word: plain random bits."""
-        words = _rng(self.seed, name).bit_generator.random_raw((math.prod(shape) + 1) // 2)
+        count = (math.prod(shape) + 1) // 2
+        words = _rng(self.seed, name).integers(0, 2**64 - 1, count, np.uint64, endpoint=True)
         return words.view(np.uint32)[: math.prod(shape)].reshape(shape)
 
     def _packed(self, base: str, part: str, shape: tuple) -> np.ndarray:
         """Codes, scales or biases; the biases centre the codes, so that the mean weight is 0."""
         if part == "weight":
             return self._codes(base + ".weight", shape)
-        scales = np.array(self._cast(self._scales(base, shape)).astype(mx.float32))
+        scales = self._round(self._scales(base, shape))
         return scales if part == "scales" else scales * (-(2 ** self.bits(base) - 1) / 2)
 
     def _output_rows(self, part: str, shape: tuple) -> np.ndarray:
@@ -200,7 +208,7 @@ class Maker:
             )
             levels = math.sqrt((4**BITS - 1) / 12)
             size = self._deviation("lm_head", shape[1] * GROUP) / levels
-            source = np.array(self._cast((ones * size).astype(np.float32)).astype(mx.float32))
+            source = self._round((ones * size).astype(np.float32))
             source *= 1 if part == "scales" else -(2**BITS - 1) / 2
         rows = np.zeros(shape, source.dtype)
         pieces = np.repeat(np.arange(len(SUCCESSORS)), SUCCESSORS)
@@ -211,20 +219,24 @@ class Maker:
             rows[:known, columns] = source[before][:, columns]
         return rows
 
-    def make(self, name: str, like: mx.array, packed: bool) -> mx.array:
-        """One tensor of `like`'s shape; `packed`: its matrix is quantised."""
+    def draw(self, name: str, shape: tuple, packed: bool) -> np.ndarray:
+        """One tensor's codes (uint32) or values (float32); `packed`: its matrix is quantised."""
         base, _, part = name.rpartition(".")
         if part == "e_score_correction_bias":
-            return mx.array(0.05 * _rng(self.seed, name).standard_normal(like.shape, np.float32))
+            return np.float32(0.05) * _rng(self.seed, name).standard_normal(shape, np.float32)
         if packed:
-            make = self._output_rows if base == "lm_head" else partial(self._packed, base)
-            values = make(part, like.shape)
-            return mx.array(values) if part == "weight" else self._cast(values)
-        if like.ndim == 1:  # norm weights
+            draw = self._output_rows if base == "lm_head" else partial(self._packed, base)
+            return draw(part, shape)
+        if len(shape) == 1:  # norm weights
             size = ATTENTION_SPREAD if base.endswith("q_norm") else 1.0
-            return self._cast(np.full(like.shape, size, np.float32))
-        values = _rng(self.seed, name).standard_normal(like.shape, np.float32)
-        return self._cast(values * self._deviation(base, like.shape[-1]))
+            return np.full(shape, size, np.float32)
+        values = _rng(self.seed, name).standard_normal(shape, np.float32)
+        return values * np.float32(self._deviation(base, shape[-1]))
+
+    def cast(self, name: str, values: np.ndarray) -> mx.array:
+        """The tensor as the file holds it."""
+        exact = values.dtype == np.uint32 or name.endswith("e_score_correction_bias")
+        return mx.array(values) if exact else mx.array(values).astype(self.dtype)
 
 
 def _shard_of(name: str) -> str:
@@ -233,26 +245,38 @@ def _shard_of(name: str) -> str:
     return f"{int(parts[2]):05d}" if parts[:2] == ["model", "layers"] else "~"
 
 
+def _ahead(work: Callable, items: Iterable, jobs: int) -> Iterator:
+    """map(work, items) by `jobs` threads, with no more than that many results waiting."""
+    items = iter(items)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = deque(pool.submit(work, item) for item in islice(items, jobs))
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(items, 1))
+            yield done
+
+
 def _write_tensors(folder: Path, model, maker: Maker, tick: Callable[[int], None]) -> None:
-    names = dict(tree_flatten(model.parameters()))
-    quantized = {n.rpartition(".")[0] for n in names if n.endswith(".scales")}
-    shards = [
-        (key, list(group)) for key, group in groupby(sorted(names, key=_shard_of), key=_shard_of)
-    ]
+    shapes = {name: like.shape for name, like in tree_flatten(model.parameters())}
+    quantized = {n.rpartition(".")[0] for n in shapes if n.endswith(".scales")}
+    shards = [sorted(group) for _, group in groupby(sorted(shapes, key=_shard_of), key=_shard_of)]
+
+    def draw(members: list[str]) -> dict[str, np.ndarray]:
+        return {n: maker.draw(n, shapes[n], n.rpartition(".")[0] in quantized) for n in members}
+
     weight_map, total = {}, 0
-    for number, (_, members) in enumerate(shards, 1):
+    for number, drawn in enumerate(_ahead(draw, shards, min(8, os.cpu_count() or 1)), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         made = {}
-        for name in sorted(members):
-            packed = name.rpartition(".")[0] in quantized
-            made[name] = maker.make(name, names[name], packed)
-            if made[name].shape != names[name].shape:
-                raise LabError(f"[synth] {name}: expected {names[name].shape}, got another shape")
+        for name, values in drawn.items():
+            if values.shape != shapes[name]:
+                raise LabError(f"[synth] {name}: expected {shapes[name]}, got {values.shape}")
+            made[name] = maker.cast(name, values)
             mx.eval(made[name])
             total += made[name].nbytes
             weight_map[name] = file
         mx.save_safetensors(str(folder / file), made, metadata={"format": "mlx"})
-        del made
+        del made, drawn
         mx.clear_cache()
         tick(1)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
