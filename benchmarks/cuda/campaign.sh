@@ -1,13 +1,15 @@
 #!/bin/bash
-# The lab's campaigns on one NVIDIA GPU (24 GB of its memory, 40 GB of disk or RAM): synthetic
-# checkpoints of both models' full geometry, then campaign.py's passes, packed into
+# The lab's campaigns on one NVIDIA GPU (30 GB of its memory; disk or RAM for 18 GB a model):
+# synthetic checkpoints of full geometry, then campaign.py's passes, packed into
 # OUT/evidence.tar.gz every 20 seconds, so that a stop at any moment leaves what was finished.
 #   benchmarks/cuda/campaign.sh OUT [SECONDS] [rehearse]
-# SECONDS (default 900): everything ends within them. `rehearse`: two layers, quick, on any device.
+# SECONDS (default 900): everything ends within them. `rehearse`: the small trained models in the
+# checkpoints' place, quick, on any device.
 # Environment: PYTHON (default .venv/bin/python), MOEFUSE_GIT_COMMIT where there is no git,
+# MOEFUSE_MODELS (default "qwen3-30b-a3b glm-4.7-flash"),
 # MOEFUSE_WEIGHTS (a folder that is kept, so that a second call goes on where the first was stopped;
 # default: a folder of its own, gone at the end).
-set -u
+set -u # shellcheck disable=SC2086
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 limit=${2:-900}
 mode=${3:-full}
@@ -27,9 +29,9 @@ mkdir -p "$weights"
 if [ "$mode" = full ] && [ -z "$(ls -A "$weights")" ]; then
   mount -t tmpfs -o size=40g moefuse "$weights" 2>/dev/null
 fi
+models=${MOEFUSE_MODELS:-qwen3-30b-a3b glm-4.7-flash}
 evidence=$weights/evidence
 mkdir -p "$evidence"
-cp models/prompts.json "$weights/prompts.json"
 
 pack() {
   tar -czf "$out/.evidence.tar.gz" -C "$weights" evidence && mv "$out/.evidence.tar.gz" "$out/evidence.tar.gz"
@@ -66,23 +68,32 @@ say "weights in $weights: $(df -h --output=avail "$weights" | tail -1) free"
 (while sleep 20; do pack; done) &
 packer=$!
 
-small=
-[ "$mode" = rehearse ] && small="--layers 2 --vocab 4096 --dtype float32"
-synth() { # shellcheck disable=SC2086
+# Each prompt that is judged costs GLM some ten seconds: three short contexts and a long one.
+"$PYTHON" - "$weights/prompts.json" <<'PY' || exit 2
+import json, sys
+
+kept = ("short-1", "short-2", "short-3", "long-1")
+prompts = [p for p in json.load(open("models/prompts.json")) if p["name"] in kept]
+json.dump(prompts, open(sys.argv[1], "w"))
+PY
+
+checkpoint() {
   [ -e "$weights/$1/config.json" ] && return
-  "$PYTHON" -m moefuse.cli synth --like "$1" $small --out "$weights/$1"
+  if [ "$mode" = rehearse ]; then
+    case $1 in qwen*) small=qwen3-moe-tiny ;; *) small=glm4-moe-lite-tiny ;; esac
+    cp -r "models/$small" "$weights/$1"
+  else
+    "$PYTHON" -m moefuse.cli synth --like "$1" --out "$weights/$1"
+  fi
 }
-if [ "$mode" = full ] && [ ! -d "$weights/glm-4.7-flash" ] &&
-  [ "$(df --output=avail -k "$weights" | tail -1)" -lt 36000000 ]; then
-  say "too little room for two checkpoints: Qwen alone"
-  synth qwen3-30b-a3b || exit 1
-else
-  synth qwen3-30b-a3b & first=$!
-  synth glm-4.7-flash & second=$!
-  wait $first && wait $second || exit 1
-fi
+writers=
+for model in $models; do
+  checkpoint "$model" &
+  writers="$writers $!"
+done
+for writer in $writers; do wait "$writer" || say "a checkpoint is missing"; done
 say "checkpoints written"
 
 timeout -s INT -k 20 "$(($(left) - 15))" "$PYTHON" benchmarks/cuda/campaign.py \
-  "$weights" "$evidence" "$(($(left) - 25))" "$mode"
+  "$weights" "$evidence" "$(($(left) - 25))" "$mode" $models
 say "campaign.py ended with $?"

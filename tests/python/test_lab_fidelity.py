@@ -17,6 +17,7 @@ from moefuse.lab import (
     variants,
 )
 from moefuse.lab.campaign import Plan, Side
+from scipy.special import rel_entr, softmax
 
 RNG = np.random.default_rng(7)
 TRUTH = RNG.normal(0, 2, (32, 50))
@@ -47,6 +48,14 @@ def test_closer_needs_a_smaller_error_and_a_small_margin():
     assert _judge(CLOSE, margin=5.0).verdict == "fail"
     assert _judge(FAR).verdict == "fail"
     assert _judge(CLOSE).matched == 16
+
+
+def test_divergence_from_the_oracle_is_told():
+    found = _judge(CLOSE).oracle_error
+    expected = rel_entr(softmax(TRUTH, axis=-1), softmax(CLOSE, axis=-1)).sum(axis=-1).mean()
+    assert found["kl_variant"] == pytest.approx(expected, rel=1e-9)
+    assert found["argmax_variant"] == (TRUTH.argmax(-1) == CLOSE.argmax(-1)).mean()
+    assert found["kl_variant"] < found["kl_stock"] < _judge(FAR).oracle_error["kl_variant"]
 
 
 def test_a_kernel_as_noisy_as_stock_is_rarely_shown_closer():

@@ -504,8 +504,10 @@ def _digest_early(checkpoint: Checkpoint) -> None:
 
 
 def describe(checkpoint: Checkpoint, root: Path) -> dict:
-    """The capsule's `model`."""
+    """The capsule's `model`. `synth` is what `moefuse synth` makes the same bytes from."""
+    made = checkpoint.config.get("moefuse_synth")
     return {
+        **({"synth": made} if made else {}),
         "path": environment.relative(checkpoint.path, root),
         "kind": checkpoint.kind,
         "digest": checkpoint.digest,

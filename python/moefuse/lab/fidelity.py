@@ -8,7 +8,7 @@ tokens one at a time, by the decode path, because prefill takes other kernels.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
@@ -51,7 +51,7 @@ class Fidelity:
     matched: int
     total: int
     per_prompt: tuple[PromptVerdict, ...]
-    oracle_error: dict | None  # rms logit error of stock and variant, forced positions
+    oracle_error: dict | None  # of stock and variant, over the forced positions: see _closeness
 
     def record(self) -> dict:
         found = asdict(self)
@@ -115,6 +115,26 @@ def logit_error(logits: np.ndarray, oracle: np.ndarray) -> np.ndarray:
         return error - error.mean(axis=-1, keepdims=True)
 
 
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _closeness(logits: Mapping, oracle: Mapping, names: Iterable[str]) -> dict[str, float]:
+    """kl: mean KL divergence from the oracle's next-token distribution, in nats; argmax: share of
+    positions whose best token is the oracle's. Told, not judged."""
+    kl, same = [], []
+    with np.errstate(invalid="ignore"):  # infinite logits are told as NaN
+        for name in names:
+            truth, found = _log_softmax(oracle[name]), _log_softmax(logits[name])
+            kl.append((np.exp(truth) * (truth - found)).sum(axis=-1))
+            same.append(oracle[name].argmax(axis=-1) == logits[name].argmax(axis=-1))
+    return {
+        "kl": float(np.concatenate(kl).mean()),
+        "argmax": float(np.concatenate(same).mean()),
+    }
+
+
 def _at_divergence(stock: np.ndarray, error: np.ndarray) -> tuple[float, float]:
     """Stock's margin between its two best tokens there, and its own largest error there."""
     second, first = np.partition(stock, -2)[-2:]
@@ -157,6 +177,8 @@ def judge(
         shown = not_worse(*squares)
         rms = [float(np.sqrt(s.mean())) for s in squares]
         pooled = {"stock": rms[0], "variant": rms[1], "positions": squares[0].size}
+        for side, logits in (("stock", stock), ("variant", variant)):
+            pooled |= {f"{key}_{side}": v for key, v in _closeness(logits, oracle, windows).items()}
     found = []
     for name, tokens in variant_tokens.items():
         matched, total = matching(stock_tokens[name], tokens), len(tokens)
