@@ -97,7 +97,8 @@ bool has_executor() {
 Decoder::Decoder(const Model& model, Accumulate accumulate) {
   check_geometry(model);
   impl_ = std::make_unique<Impl>(make_plan(model), accumulate);
-  use_huge_pages(model);
+  // Asking a GPU's array for its data would move it to the host.
+  if (impl_->executor) use_huge_pages(model);
 }
 Decoder::~Decoder() = default;
 Decoder::Decoder(Decoder&&) noexcept = default;
