@@ -8,13 +8,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from lab_support import CONFIG, FakeEngine, one_fault, tiny  # noqa: F401
+from lab_support import CONFIG, FakeEngine, tiny  # noqa: F401
 from mlx.utils import tree_flatten
 from moefuse.lab import (
     LabError,
     bench,
     checkpoint,
     environment,
+    faults,
     fidelity,
     notebook,
     ranking,
@@ -30,6 +31,13 @@ PLAN = Plan({"short": (12, 2), "long": (16, 1)}, quick=True, extra_tokens=0, chu
 ROUTER = variants.parse("router")
 
 
+@pytest.fixture
+def one_fault(monkeypatch):
+    """Plant a single fault, in the weights: the others have their own tests, and take time."""
+    monkeypatch.setattr(faults, "FAULTS", {"wrong-weight": faults.FAULTS["wrong-weight"]})
+    monkeypatch.setattr(faults, "IN_WEIGHTS", ("wrong-weight",))
+
+
 def start(tiny, out, engine=None, **more):  # noqa: F811
     bench.prepare(out)
     return bench.open_campaign(
@@ -43,6 +51,8 @@ def test_the_control_shares_its_stock_runs_with_the_first_variant(tiny, tmp_path
     outcome = bench.run(start(tiny, tmp_path, say=said.append), [ROUTER], shared=True)
     control, (router,) = outcome.control, outcome.found
     assert control["control"]["beside"] == "router"
+    assert set(control["control"]["faults_beside"]) == set(faults.IN_WEIGHTS)
+    assert set(control["control"]["fault_errors"]) == set(control["control"]["faults"])
     assert router["baseline"]["decode_tok_s"] == control["baseline"]["decode_tok_s"]
     assert router["patched"]["decode_tok_s"] != control["patched"]["decode_tok_s"]
     assert [len(c["schedule"]) for c in (control, router)] == [3, 3]

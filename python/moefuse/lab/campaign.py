@@ -385,14 +385,32 @@ class Campaign:
             "self_matched": self.self_matched,
             "self_total": self.self_total,
             "capsule": self._name(STOCK),
-            "faults": {name: self.check_fault(name).verdict for name in faults.FAULTS},
+            **self._plant_all(beside),
         }
-        if beside:
-            self.control["beside"] = beside.name
         missed = [k for k, v in self.control["faults"].items() if v != "fail"]
         told = f"not caught: {', '.join(missed)}" if missed else "every planted fault caught"
         decision = ("control", f"stock against stock; {told}")
         return self._store(STOCK, sides, done, verdict, decision)
+
+    def _plant_all(self, beside: Variant | None) -> dict:
+        """What the gate says of every fault, and of those in the weights under `beside` too.
+
+        Where stock does not agree with itself the gate may fail stock without any fault; a fault
+        under a variant that passes without it is then the only one whose catch means something.
+        """
+        planted = {name: self.check_fault(name) for name in faults.FAULTS}
+        found = {
+            "faults": {name: f.verdict for name, f in planted.items()},
+            "fault_errors": {name: f.record()["oracle_error"] for name, f in planted.items()},
+        }
+        if beside:
+            found["beside"] = beside.name
+            measured = self.beside[beside]
+            if not isinstance(measured, Exception) and measured[2] is None:
+                found["faults_beside"] = {
+                    name: self.check_fault(name, beside).verdict for name in faults.IN_WEIGHTS
+                }
+        return found
 
     def adopt_control(self, stored: dict) -> None:
         """Take the control of an interrupted campaign, if it measured the same prompts."""

@@ -171,6 +171,7 @@ FAULTS = {
     "swapped-pair": _swapped_pair,
     "bf16-accumulation": _bf16_accumulation,
 }
+IN_WEIGHTS = ("wrong-weight", "swapped-pair")  # what a fused step reads, and so can show
 GRADED = {"expert-error": _expert_error, "every-expert-error": _every_expert_error}
 
 

@@ -38,6 +38,14 @@ def _interpretation(control: dict, found: Sequence[dict]) -> list[str]:
             f"Stock is not deterministic here: {aa['self_matched']}/{aa['self_total']} tokens "
             "agree between its own runs, so identity is not attainable by any variant."
         )
+    if control["fidelity"]["verdict"] == "fail":
+        lines.append(
+            "The gate fails stock against itself: it passes only what is shown closer to the "
+            "oracle, and a fault caught under stock proves nothing here."
+        )
+    if "faults_beside" in aa:
+        told = ", ".join(f"{k} {v}" for k, v in aa["faults_beside"].items())
+        lines.append(f"Faults planted under `{aa['beside']}`: {told}.")
     missed = [name for name, verdict in aa["faults"].items() if verdict != "fail"]
     if missed:
         lines.append(f"The fidelity gate missed planted faults ({', '.join(missed)}): distrust it.")
