@@ -6,8 +6,8 @@
 # SECONDS (default 900): everything ends within them. `rehearse`: the small trained models in the
 # checkpoints' place, quick, on any device.
 # Environment: PYTHON (default .venv/bin/python), MOEFUSE_GIT_COMMIT where there is no git,
-# MOEFUSE_MODELS (default "qwen3-30b-a3b glm-4.7-flash"),
-# MOEFUSE_WEIGHTS (a folder that is kept, so that a second call goes on where the first was stopped;
+# CAMPAIGN_MODELS (default "qwen3-30b-a3b glm-4.7-flash"),
+# CAMPAIGN_WEIGHTS (a folder that is kept, so that a second call goes on where the first was stopped;
 # default: a folder of its own, gone at the end).
 set -u # shellcheck disable=SC2086
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
@@ -23,13 +23,13 @@ export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export MLX_ENABLE_TF32=0 # the oracle's float32 is float32
 export MOEFUSE_GIT_COMMIT=${MOEFUSE_GIT_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
 
-weights=${MOEFUSE_WEIGHTS:-$(mktemp -d "${TMPDIR:-/tmp}/moefuse.XXXXXX")}
+weights=${CAMPAIGN_WEIGHTS:-$(mktemp -d "${TMPDIR:-/tmp}/moefuse.XXXXXX")}
 mkdir -p "$weights"
 # Two checkpoints are 34 GB: a RAM disk gives them back fastest, where one may be had.
 if [ "$mode" = full ] && [ -z "$(ls -A "$weights")" ]; then
   mount -t tmpfs -o size=40g moefuse "$weights" 2>/dev/null
 fi
-models=${MOEFUSE_MODELS:-qwen3-30b-a3b glm-4.7-flash}
+models=${CAMPAIGN_MODELS:-qwen3-30b-a3b glm-4.7-flash}
 evidence=$weights/evidence
 mkdir -p "$evidence"
 
@@ -38,12 +38,13 @@ pack() {
 }
 finish() {
   trap - EXIT INT TERM
+  pack # before anything that takes time
   [ -n "${packer:-}" ] && kill "$packer" 2>/dev/null
   "$PYTHON" -m moefuse.cli report --out "$evidence" --stopped --html "$evidence/report.html" ||
     say "report failed"
   pack
   say "packed: $out/evidence.tar.gz"
-  [ -n "${MOEFUSE_WEIGHTS:-}" ] && return
+  [ -n "${CAMPAIGN_WEIGHTS:-}" ] && return
   umount -l "$weights" 2>/dev/null
   rm -rf "$weights"
 }

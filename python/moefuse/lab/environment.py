@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-FLAGS = ("ZMLX_", "MOEFUSE_", "MLX_", "OMP_", "CUDA_")
+FLAGS = ("ZMLX_", "MOEFUSE_", "MLX_", "OMP_")
 COMMIT = "MOEFUSE_GIT_COMMIT"
 
 
