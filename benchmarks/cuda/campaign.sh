@@ -34,12 +34,13 @@ evidence=$weights/evidence
 mkdir -p "$evidence"
 
 pack() {
-  tar -czf "$out/.evidence.tar.gz" -C "$weights" evidence && mv "$out/.evidence.tar.gz" "$out/evidence.tar.gz"
+  tar -czf "$weights/evidence.tar.gz" -C "$weights" evidence &&
+    cp "$weights/evidence.tar.gz" "$out/.evidence" && mv "$out/.evidence" "$out/evidence.tar.gz"
 }
 finish() {
   trap - EXIT INT TERM
-  pack # before anything that takes time
   [ -n "${packer:-}" ] && kill "$packer" 2>/dev/null
+  pack # before anything that takes time
   "$PYTHON" -m moefuse.cli report --out "$evidence" --stopped --html "$evidence/report.html" ||
     say "report failed"
   pack
