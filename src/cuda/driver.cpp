@@ -33,6 +33,8 @@ constexpr int kThreadLocalCapture = 1;
 constexpr unsigned kNonBlocking = 1;
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76, kMultiprocessors = 16;
 constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kStaticShared = 1;      // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+constexpr int kCarveout = 9;          // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kLargeClusters = 14;    // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 void* library(std::initializer_list<const char*> names) {
@@ -59,6 +61,7 @@ struct Driver {
   ENTRY(load, "cuModuleLoadData", void**, const void*);
   ENTRY(function, "cuModuleGetFunction", Function*, void*, const char*);
   ENTRY(set_function, "cuFuncSetAttribute", Function, int, int);
+  ENTRY(get_function, "cuFuncGetAttribute", int*, int, Function);
   ENTRY(launch, "cuLaunchKernelEx", const LaunchConfig*, Function, void**, void**);
   ENTRY(stream_create, "cuStreamCreate", Stream*, unsigned);
   ENTRY(stream_synchronize, "cuStreamSynchronize", Stream);
@@ -149,6 +152,16 @@ int multiprocessors() {
 
 void allow_shared(Function f, unsigned bytes, const std::string& name) {
   check(driver().set_function(f, kMaxDynamicShared, static_cast<int>(bytes)), name);
+}
+
+int static_shared(Function f, const std::string& name) {
+  int bytes = 0;
+  check(driver().get_function(&bytes, kStaticShared, f), name);
+  return bytes;
+}
+
+void prefer_shared(Function f, int percent, const std::string& name) {
+  check(driver().set_function(f, kCarveout, percent), name);
 }
 
 void allow_clusters(Function f, const std::string& name) {

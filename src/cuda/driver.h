@@ -29,6 +29,11 @@ int capability();
 int multiprocessors();
 // Lets `f` have as much dynamic shared memory.
 void allow_shared(Function f, unsigned bytes, const std::string& name);
+// Shared memory of a block of `f` without the dynamic part, in bytes.
+int static_shared(Function f, const std::string& name);
+// How much of a multiprocessor's memory is to be shared memory where `f` runs, if `f` needs no
+// more; the rest is L1.
+void prefer_shared(Function f, int percent, const std::string& name);
 // Lets `f` have clusters of more than eight blocks.
 void allow_clusters(Function f, const std::string& name);
 // The kernels `names` (extern "C") of one source, compiled for this device by NVRTC.

@@ -219,6 +219,26 @@ void Replay::launch_node(Node& node, Stream stream) {
          pointers.data(), stream, overlap_, node.call.kernel->name);
 }
 
+// A multiprocessor divides its memory between L1, where loads on their way live, and shared memory,
+// and has to be empty to divide it anew: kernels that want other parts do not overlap. All get the
+// least that holds the blocks of the experts' gate and up, which has most of them. Where a cache is
+// long, attention's blocks beside each other are worth more.
+void Replay::split_memory() {
+  constexpr int kCluster = 16, kAll = 228 * 1024, kOfSystem = 1024,
+                kLeast = 7;  // bytes, bytes a block, percent
+  for (const Node& node : nodes_)
+    if (!node.call.kernel->cuda_attributes.empty() && node.call.groups.x > kCluster) return;
+  for (const Node& node : nodes_) {
+    if (node.call.kernel->name != "moefuse_grid_gate_up") continue;
+    const auto& g = node.call.groups;
+    const int blocks = metal::blocks(g.x * g.y * g.z, multiprocessors());
+    const int bytes = blocks * (static_shared(node.function, node.call.kernel->name) + kOfSystem);
+    const int percent = std::max(kLeast, metal::blocks(100 * bytes, kAll));
+    for (const Node& any : nodes_) prefer_shared(any.function, percent, any.call.kernel->name);
+    return;
+  }
+}
+
 void Replay::record(const mx::array& result, const std::vector<mx::array>& borrowed) {
   make_current();
   std::vector<mx::array> needed = {tokens_, places_, angles_};
@@ -245,6 +265,7 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
       for (const mx::array& a : *arrays) node.arguments.push_back(address(a));
     std::erase_if(node.call.inputs, [&](const mx::array& a) { return not_ours.count(a.id()) > 0; });
   }
+  split_memory();
   static const Stream recorder = make_stream();
   begin_capture(recorder);
   for (Node& node : nodes_) launch_node(node, recorder);

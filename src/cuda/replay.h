@@ -66,6 +66,7 @@ class Replay {
     Function function = nullptr;
     std::vector<void*> arguments;
   };
+  void split_memory();
   void launch_node(Node& node, Stream stream);
   void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream);
 

@@ -9,11 +9,11 @@ namespace moefuse::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = 8, kCluster = 16;
-constexpr int kGroupedSplits = 4, kGroupedStretch = 2048, kLatentSplits = 64;
-constexpr int kDepth = 4;   // pieces of a warp on their way, of weights that wait for the router
-constexpr int kBatch = 32;  // positions in shared memory at a time, for latent attention
-constexpr int kStaticShared = 48 * 1024, kDynamicShared = 224 * 1024;
+constexpr int kThreads = 256, kWarps = 8;
+constexpr int kDepth = 4;  // pieces of a warp on their way, of weights that wait for the router
+// As in kernels/attend.h and kernels/stretches.h. As many clusters as an H100 holds at a time.
+constexpr int kCluster = 16, kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
+constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
 
 int slices(int columns) {
   return metal::blocks(columns, 256);
@@ -23,10 +23,12 @@ int grid_bytes(int columns, int tiles) {
   return (slices(columns) * (128 + 4 + 8) + 4 + std::min(slices(columns), kWarps) * tiles * 64) * 4;
 }
 
-int latent_shared_bytes(int heads, int latent, int rope) {
-  const int pitch = latent + rope + 8, padded = metal::blocks(heads, 8) * 8;
-  return (kBatch + padded) * pitch * 2 + 2 * padded * (kBatch + 8) * 2 + padded * (kBatch + 1) * 4 +
-         padded * 4;
+// Batches of positions, each with so many values.
+int batch_bytes(int batches, int values) {
+  return batches * kBatch * values * 2;
+}
+int latent_shared_bytes(int latent, int rope) {
+  return batch_bytes(2, latent + rope + 8);
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -68,12 +70,10 @@ struct Taker {
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
                 when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
-                when(latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim) > kDynamicShared,
-                     "more heads than shared memory holds")});
+                when(latent_shared_bytes(s.latent_dim, s.rope_dim) > kDynamicShared,
+                     "more latent dimensions than shared memory holds")});
   }
-  std::string operator()(const LatentAttention& s) const {
-    return when(s.heads > 32, "more than 32 heads");
-  }
+  std::string operator()(const LatentAttention&) const { return ""; }
   std::string operator()(const LatentOutput& s) const { return matrix(s.unembed, "unembed_out"); }
   std::string operator()(const OutputProjection& s) const {
     return all({matrix(s.o, "o"), shared(grid_bytes(s.o.cols, 1))});
@@ -121,9 +121,9 @@ std::string tensor_refusal(const Plan& plan) {
   return "";
 }
 
-int grouped_splits(int cached) {
+int cache_splits(int cached) {
   int splits = 1;
-  while (splits < kGroupedSplits && cached >= splits * kGroupedStretch) splits *= 2;
+  while (splits < kSplits && cached >= splits * kStretch) splits *= 2;
   return splits;
 }
 
@@ -181,13 +181,13 @@ void TensorWalk::run(const GroupedProjection& s) {
 
 void TensorWalk::run(const GroupedAttention& s) {
   const LayerCache& cache = caches[layer];
-  auto out =
-      outputs("cluster_attention_gqa",
-              {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
-               constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
-              {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
-              {mx::float32, mx::float32}, {kCluster * splits_, s.kv_heads, rows}, kThreads, 0, 2);
+  auto out = outputs("cluster_attention_gqa",
+                     {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
+                      constant(s.scale), angles, places, cache.keys, cache.values},
+                     {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
+                     {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
+                     {mx::float32, mx::float32}, {kCluster * splits_, s.kv_heads, rows}, kThreads,
+                     batch_bytes(1, 2 * (s.head_dim + 8)), 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;
@@ -211,16 +211,16 @@ void TensorWalk::run(const LatentQuery& s) {
 void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
-  const int stride = projected.shape(-1);
+  const int stride = projected.shape(-1), splits = std::min(splits_, kLatentSplits);
   auto out =
-      outputs("staged_attention_mla",
+      outputs("cluster_attention_mla",
               {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
                constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, kLatentSplits, stride,
+              {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
                stride - s.latent_dim - s.rope_dim},
-              {{rows, s.heads, kLatentSplits, s.latent_dim}, {rows, s.heads, kLatentSplits, 2}},
-              {mx::float32, mx::float32}, {kLatentSplits, rows, 1}, kThreads,
-              latent_shared_bytes(s.heads, s.latent_dim, s.rope_dim), 2);
+              {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
+              {mx::float32, mx::float32}, {kCluster * splits, metal::blocks(s.heads, 8), rows},
+              kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim), 1);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;
@@ -229,9 +229,10 @@ void TensorWalk::run(const LatentAttention& s) {
 void TensorWalk::run(const LatentOutput& s) {
   const Matrix& m = s.unembed;
   const int tiles = tiling(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows).tiles;
-  attended = output("grid_unembed", {partial, stats, places, m.weight, m.scales, m.biases},
-                    {dtype, tiles, m.count, m.cols, m.rows, kLatentSplits}, {rows, m.count, m.rows},
-                    {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
+  attended =
+      output("grid_unembed", {partial, stats, places, m.weight, m.scales, m.biases},
+             {dtype, tiles, m.count, m.cols, m.rows, partial.shape(2)}, {rows, m.count, m.rows},
+             {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
 }
 
 void TensorWalk::run(const OutputProjection& s) {

@@ -16,12 +16,12 @@ constexpr int kTensorRows = 4;
 std::string tensor_refusal(const Plan& plan);
 
 // How many blocks side by side share a cache of so many positions: kernels/stretches.h.
-int grouped_splits(int cached);
+int cache_splits(int cached);
 
 class TensorWalk : public metal::Walk {
  public:
-  // multiprocessors: of the device. splits: stretches of a grouped cache that the longest row asks
-  // for, as grouped_splits() says.
+  // multiprocessors: of the device. splits: stretches that the longest row asks for, as
+  // cache_splits() says.
   TensorWalk(const Plan& plan, Accumulate accumulate, metal::Constants& constants,
              metal::WalkInputs inputs, Launcher launcher, int multiprocessors, int splits);
 

@@ -49,14 +49,12 @@ KERNEL_END
 KERNEL_BEGIN(grid_unembed, GRID_UNEMBED_SIGNATURE)
 #include "grid_unembed.body"
 KERNEL_END
-#ifdef __CUDACC__
 KERNEL_BEGIN(cluster_attention_gqa, CLUSTER_ATTENTION_GQA_SIGNATURE)
 #include "cluster_attention_gqa.body"
 KERNEL_END
-KERNEL_BEGIN(staged_attention_mla, STAGED_ATTENTION_MLA_SIGNATURE)
-#include "staged_attention_mla.body"
+KERNEL_BEGIN(cluster_attention_mla, CLUSTER_ATTENTION_MLA_SIGNATURE)
+#include "cluster_attention_mla.body"
 KERNEL_END
-#endif
 
 #undef KERNEL_BEGIN
 #undef KERNEL_END

@@ -1,10 +1,11 @@
-// What tensor_dialect.h gives on CUDA, for the emulator: its tensor cores are shuffles. Clusters
-// and matrix products of halves are not among it.
+// What tensor_dialect.h gives on CUDA, for the emulator: its tensor cores see every lane's words,
+// its copies in the background land when they are waited for.
 #pragma once
 
 #include "lanes.h"
 
 #define groups_x (emulator::group_count().x)
+#define ROLLED
 
 inline void let_next_start() {}
 inline void wait_for_inputs() {}
@@ -41,6 +42,73 @@ Floats<8> load_fresh(const emulator::Pointer<const T>& p, emulator::At at) {
     f.v[i] = float(p[emulator::At(at.index + i, at.where.file, at.where.line)]);
   return f;
 }
+
+// N consecutive values, aligned to as many (to 16 bytes at most).
+template <int N, typename T>
+Floats<N> load_values(const emulator::Pointer<const T>& p, emulator::Where where = {}) {
+  if (p.offset() % (N % 8 == 0 ? 16 / sizeof(T) : N) != 0)
+    emulator::fail(where, "misaligned vector load");
+  Floats<N> f;
+  for (int i = 0; i < N; ++i) f.v[i] = float(p[emulator::At(i, where.file, where.line)]);
+  return f;
+}
+
+// Shared memory in pieces of 16 bytes, and as numbers of another type.
+#define DYNAMIC_SHARED_ARRAY(type, name, size) \
+  const emulator::Shared<type> name(emulator::shared_block(#name, size, sizeof(type), {}, true))
+template <typename T>
+emulator::Shared<float> as_floats(const emulator::Shared<T>& p, emulator::Where where = {}) {
+  if (p.offset() * sizeof(T) % 4 != 0) emulator::fail(where, "misaligned floats");
+  return emulator::Shared<float>(p.block(), p.offset() * int64_t(sizeof(T)) / 4);
+}
+template <typename T>
+Words<4> load_line(const emulator::Shared<T>& p, bool unwritten_too, emulator::Where where) {
+  p.block().on_read(p.line(where), 16, unwritten_too);
+  Words<4> w;
+  std::memcpy(w.w, p.bytes(), 16);
+  return w;
+}
+template <typename T>
+void store_line(const emulator::Shared<T>& p, const void* words, emulator::Where where) {
+  p.block().on_write(p.line(where), 16);
+  std::memcpy(p.bytes(), words, 16);
+}
+template <typename T>
+void store_zeros(const emulator::Shared<T>& to, emulator::Where where = {}) {
+  const Words<4> zero = {};
+  store_line(to, zero.w, where);
+}
+// Reads through the buffer, which checks bounds and writers.
+template <typename T>
+Words<4> load_line(const emulator::Pointer<const T>& p, emulator::Where where) {
+  constexpr int N = 16 / sizeof(T);
+  if (p.offset() % N != 0) emulator::fail(where, "misaligned access to a buffer");
+  T values[N];
+  for (int i = 0; i < N; ++i) values[i] = p[emulator::At(i, where.file, where.line)];
+  Words<4> w;
+  std::memcpy(w.w, values, 16);
+  return w;
+}
+template <typename T>
+void copy_words(const emulator::Shared<T>& to, const emulator::Pointer<const T>& from,
+                emulator::Where where = {}) {
+  store_line(to, load_line(from, where).w, where);
+}
+template <typename T>
+void copy_async(const emulator::Shared<T>& to, const emulator::Pointer<const T>& from,
+                emulator::Where where = {}) {
+  to.block().on_write(to.line(where), 16, false, true);
+  load_line(from, where);  // may happen right away, so it has to be allowed already
+  emulator::start_copy([=] { copy_words(to, from, where); });
+}
+inline void commit_copies() {
+  emulator::commit_copies();
+}
+template <int N>
+void wait_for_copies() {
+  emulator::wait_for_copies(N);
+}
+
 inline Words<4> load_shared(const emulator::Shared<uint>& p, emulator::At at) {
   Words<4> w;
   for (int i = 0; i < 4; ++i) w.w[i] = p[emulator::At(at.index + i, at.where.file, at.where.line)];
@@ -89,4 +157,93 @@ inline Integers<4> multiply_bytes(Integers<4> c, uint a0, uint a1, uint a2, uint
                                    int(int8_t(y[column][half] >> 8 * byte & 255u));
   }
   return c;
+}
+
+template <typename T>
+float half_of(uint word, uint which) {
+  return float(std::bit_cast<T>(uint16_t(word >> 16 * which)));
+}
+template <typename T>
+uint pack_halves(float a, float b) {
+  return uint(std::bit_cast<uint16_t>(T(a))) | uint(std::bit_cast<uint16_t>(T(b))) << 16;
+}
+template <typename T>
+uint load_two(const emulator::Shared<T>& p, emulator::Where where = {}) {
+  if (p.offset() % 2 != 0) emulator::fail(where, "misaligned pair");
+  p.block().on_read(emulator::At(p.offset() / 2, where.file, where.line), 4);
+  uint word;
+  std::memcpy(&word, p.bytes(), 4);
+  return word;
+}
+
+// a: rows g and g + 8, columns 2 t and 2 t + 1, then the same 8 columns further; b: rows 2 t and
+// 2 t + 1 of column g, then 8 rows further; c: rows g and g + 8 of columns 2 t and 2 t + 1. The sum
+// begins with c; on the device its order is unknown.
+template <typename T>
+Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1,
+                          emulator::Where where = {}) {
+  const uint words[6] = {a0, a1, a2, a3, b0, b1}, own = emulator::lane();
+  const auto lanes = emulator::exchange(words, 6, where);
+  for (uint k = 0; k < 16; ++k) {
+    const uint t = k % 8 / 2, half = k / 8, odd = k % 2;
+    for (uint column = 0; column < 2; ++column) {
+      const float b = half_of<T>(lanes[(own % 4 * 2 + column) * 4 + t][4 + half], odd);
+      for (uint row = 0; row < 2; ++row) {
+        const float a = half_of<T>(lanes[own / 4 * 4 + t][2 * half + row], odd);
+        c.v[2 * row + column] += a * b;
+      }
+    }
+  }
+  return c;
+}
+
+// Rows that nobody wrote are NaN: only what nothing is made of may come from them.
+template <typename T>
+Words<4> load_tiles(const emulator::Shared<T>& p, emulator::Where where = {}) {
+  const Words<4> row = load_line(p, true, where);
+  const uint own = emulator::lane();
+  const auto lanes = emulator::exchange(row.w, 4, where);
+  Words<4> w;
+  for (uint i = 0; i < 4; ++i) w.w[i] = lanes[8 * i + own / 4][own % 4];
+  return w;
+}
+template <typename T>
+Words<4> load_turned(const emulator::Shared<T>& p, emulator::Where where = {}) {
+  const Words<4> row = load_line(p, true, where);
+  const uint own = emulator::lane(), column = own / 4;
+  const auto lanes = emulator::exchange(row.w, 4, where);
+  const auto element = [&](uint lane) {
+    return lanes[lane][column / 2] >> column % 2 * 16 & 65535u;
+  };
+  Words<4> w;
+  for (uint i = 0; i < 4; ++i) {
+    const uint first = 8 * i + own % 4 * 2;
+    w.w[i] = element(first) | element(first + 1) << 16;
+  }
+  return w;
+}
+
+inline void cluster_arrive(emulator::Where where = {}) {
+  emulator::cluster_arrive(where);
+}
+inline void cluster_wait(emulator::Where where = {}) {
+  emulator::cluster_wait(where);
+}
+
+// The bytes that have come from the cluster's blocks.
+using Arrivals = uint64_t;
+inline void expect_parts(const emulator::Shared<Arrivals>& arrivals, uint bytes,
+                         emulator::Where where = {}) {
+  arrivals.block().expect(bytes, where);
+}
+// *p = v in the shared memory of the cluster's block `rank`, whose arrivals count it.
+inline void send_part(const emulator::Shared<float>& p, const emulator::Shared<Arrivals>& arrivals,
+                      uint rank, float v, emulator::Where where = {}) {
+  arrivals.block().of_rank(rank, where).arrive(4, where);
+  emulator::SharedBlock& there = p.block().of_rank(rank, where);
+  there.on_write(emulator::At(p.offset(), where.file, where.line), 4, true);
+  std::memcpy(there.data() + p.offset() * 4, &v, 4);
+}
+inline void wait_for_parts(const emulator::Shared<Arrivals>& arrivals, emulator::Where where = {}) {
+  emulator::wait_for_parts(arrivals.block(), where);
 }

@@ -2,7 +2,8 @@
 // emulated_backend.h.
 #pragma once
 
-#define EMULATED_KERNELS(KERNEL) MOEFUSE_KERNELS(KERNEL) MOEFUSE_GRID_KERNELS(KERNEL)
+#define EMULATED_KERNELS(KERNEL) \
+  MOEFUSE_KERNELS(KERNEL) MOEFUSE_GRID_KERNELS(KERNEL) MOEFUSE_CLUSTER_KERNELS(KERNEL)
 
 #include "dialect_host.h"
 #include "tensor_dialect_host.h"
@@ -13,6 +14,7 @@
 #define OUT(type, name, count) emulator::Pointer<type> name;
 #include "callables.h"
 // The texts above come first.
+#include "attend.h"
 #include "grid.h"
 #include "select.h"
 #include "stretches.h"

@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels.h"
@@ -134,18 +135,24 @@ EMULATED_KERNELS(COLLECT)
 #undef IN
 #undef OUT
 
+// As the launch has it on CUDA.
+inline uint cluster_of(std::string_view name) {
+  return name.starts_with("cluster_") ? 16 : 1;
+}
+
 // run_NAME<Params>(call, sizes, order)
-#define RUN(name, signature)                                                       \
-  template <class Params>                                                          \
-  std::vector<mx::array> run_##name(const Call& call, const kernels::Sizes& sizes, \
-                                    emulator::Order order) {                       \
-    store_##name<Params> store{call};                                              \
-    auto kernel = bind_##name<Params>(store);                                      \
-    check_sizes(kernel, sizes);                                                    \
-    const auto& g = call.groups;                                                   \
-    emulator::dispatch({uint(g.x), uint(g.y), uint(g.z)}, call.threads, order,     \
-                       [&kernel] { kernel(); });                                   \
-    return collect_##name<Params>(call, store);                                    \
+#define RUN(name, signature)                                                             \
+  template <class Params>                                                                \
+  std::vector<mx::array> run_##name(const Call& call, const kernels::Sizes& sizes,       \
+                                    emulator::Order order) {                             \
+    store_##name<Params> store{call};                                                    \
+    auto kernel = bind_##name<Params>(store);                                            \
+    check_sizes(kernel, sizes);                                                          \
+    const auto& g = call.groups;                                                         \
+    emulator::dispatch(                                                                  \
+        {uint(g.x), uint(g.y), uint(g.z)}, call.threads, order, [&kernel] { kernel(); }, \
+        cluster_of(#name));                                                              \
+    return collect_##name<Params>(call, store);                                          \
   }
 EMULATED_KERNELS(RUN)
 #undef RUN

@@ -1,7 +1,12 @@
-// Attention of up to eight heads to 16 positions by one warp, on the tensor cores.
+// Attention of eight query heads to one stretch of a cache by a cluster of 16 blocks, on the tensor
+// cores. A block has a sixteenth of the positions, kBatch of them at a time in shared memory and as
+// many on their way. Each warp scores 16 positions, then sums every eighth 16 dimensions of the
+// values: no warp waits for another's sums, and the blocks' meet once, at the end.
 #pragma once
 
 constexpr float kLog2e = 1.44269504f;
+constexpr int kCluster = 16, kTiles = 5, kBatch = 16 * kTiles;
+constexpr int kProbabilities = kBatch + 8;  // of a head; eight more keep the banks apart
 
 // N consecutive values of T, aligned to as many.
 template <int N, typename T>
@@ -33,116 +38,193 @@ FUNC Floats<N> turned(Floats<N> x, const Floats<2 * N>& turns, uint lane) {
   return x;
 }
 
-// 16 positions of one cache: lane 4 g + t holds dimensions 32 j + 8 t to 32 j + 8 t + 7 of
-// positions g and g + 8.
-template <int D>
+// A latent position: N consecutive values to a lane, then `count` rotated ones, every 32nd.
+template <typename T, int N, int R, typename P>
+FUNC void put_newest(const Floats<N>& latent, P latents, const Floats<R>& rotated, P others,
+                     uint count, uint lane) {
+  UNROLL for (int j = 0; j < N; ++j) latents[lane * N + j] = T(latent.v[j]);
+  UNROLL for (int j = 0; j < R; ++j) {
+    uint d = lane + 32u * uint(j);
+    if (d < count) others[d] = T(rotated.v[j]);
+  }
+}
+
+// Of a stretch the positions that a block has: [begin, end); the newest of all is the owner's last.
 struct Positions {
-  Words<4> words[2][D / 32];
+  uint begin, end, cached;
+  bool owner;
 };
-
-// Positions [at, end) of p, D apart; past the end the last one is repeated, or position 0 of an
-// empty cache: what is there does not count.
-template <int D, typename T>
-FUNC Positions<D> load_positions(const T* p, uint at, uint end, uint lane) {
-  Positions<D> k;
-  UNROLL for (int h = 0; h < 2; ++h) {
-    uint i = at + lane / 4u + 8u * uint(h);
-    i = i < end ? i : (end > 0u ? end - 1u : 0u);
-    UNROLL for (int j = 0; j < D / 32; ++j) {
-      k.words[h][j] = load_eight(p + (size_t(i) * D + 32u * uint(j) + lane % 4u * 8u));
-    }
-  }
-  return k;
+FUNC Positions positions_of(uint cached, uint block, uint blocks) {
+  uint all = cached + 1u;
+  return {all * block / blocks, all * (block + 1u) / blocks, cached, block == blocks - 1u};
 }
 
-// Position `which` of these 16 becomes the D values at p.
-template <int D, typename T>
-FUNC void put_position(Positions<D>& positions, const T* p, uint which, uint lane) {
-  UNROLL for (int h = 0; h < 2; ++h) {
-    if (lane / 4u + 8u * uint(h) == which) {
-      UNROLL for (int j = 0; j < D / 32; ++j) {
-        positions.words[h][j] = load_eight(p + (32u * uint(j) + lane % 4u * 8u));
-      }
+// 16 positions of D dimensions at keys, PITCH apart as the eight heads at queries; `valid` of them
+// count, scale carries log2 e. What is left behind, of each head: the probabilities against the
+// tile's own largest score, as two halves each so that rounding them costs nothing, and that score
+// and their sum in stats.
+template <typename T, int D, int PITCH, typename P, typename F>
+FUNC void score_tile(P keys, P queries, P high, P low, F stats, float scale, uint valid,
+                     uint lane) {
+  Floats<4> chains[4] = {zeros<4>(), zeros<4>(), zeros<4>(), zeros<4>()};
+  P a = keys + (lane % 16u * PITCH + lane / 16u * 8u);
+  P b = queries + (lane % 8u * PITCH + lane / 8u * 8u);
+  UNROLL for (int k = 0; k < D; k += 32) {
+    Words<4> q = load_tiles(b + k);
+    UNROLL for (int h = 0; h < 2; ++h) {
+      Words<4> key = load_tiles(a + (k + 16 * h));
+      int chain = k / 32 % 2 * 2 + h;
+      chains[chain] = multiply_halves<T>(chains[chain], key.w[0], key.w[1], key.w[2], key.w[3],
+                                         q.w[2 * h], q.w[2 * h + 1]);
     }
   }
-}
-
-// What a warp knows so far: of heads 2 t and 2 t + 1 the largest score and the sum (each lane's own
-// positions), and the sum of values: out[j][r] holds for dimensions 32 j + 8 (g / 2) + 4 r + g % 2
-// and 2 more the two heads.
-template <int D>
-struct WarpAttention {
-  float top[2], sum[2];
-  Floats<4> out[D / 32][2];
-};
-
-template <int D>
-FUNC WarpAttention<D> nothing_seen() {
-  WarpAttention<D> a;
   UNROLL for (int i = 0; i < 2; ++i) {
-    a.top[i] = -as_float(0x7f800000u);
-    a.sum[i] = 0.0f;
-  }
-  UNROLL for (int j = 0; j < D / 32; ++j) {
-    UNROLL for (int r = 0; r < 2; ++r) a.out[j][r] = zeros<4>();
-  }
-  return a;
-}
-
-// Scores of 16 positions for heads 2 t and 2 t + 1, positions g and then g + 8. queries: lane
-// 4 g + t holds head g's dimensions as Positions do.
-template <int D, typename T>
-FUNC Floats<4> position_scores(const Positions<D>& keys, const Words<4>* queries) {
-  Floats<4> chains[2] = {zeros<4>(), zeros<4>()};
-  UNROLL for (int j = 0; j < D / 32; ++j) {
-    UNROLL for (int h = 0; h < 4; h += 2) {
-      chains[h / 2] = multiply_halves<T>(
-          chains[h / 2], keys.words[0][j].w[h], keys.words[1][j].w[h], keys.words[0][j].w[h + 1],
-          keys.words[1][j].w[h + 1], queries[j].w[h], queries[j].w[h + 1]);
+    float s[2], p[2];
+    UNROLL for (int r = 0; r < 2; ++r) {
+      int j = 2 * r + i;
+      float sum = (chains[0].v[j] + chains[1].v[j]) + (chains[2].v[j] + chains[3].v[j]);
+      s[r] = lane / 4u + 8u * uint(r) < valid ? sum * scale : -as_float(0x7f800000u);
     }
-  }
-  UNROLL for (int i = 0; i < 4; ++i) chains[0].v[i] += chains[1].v[i];
-  return chains[0];
-}
-
-// scale carries log2 e; `valid` of the positions count.
-template <int D, typename T>
-FUNC void attend_values(WarpAttention<D>& a, Floats<4> s, const Positions<D>& values, float scale,
-                        uint valid, uint lane) {
-  float p[4], keep[2];
-  UNROLL for (int i = 0; i < 2; ++i) {
-    float first = lane / 4u < valid ? s.v[i] * scale : -as_float(0x7f800000u);
-    float second = lane / 4u + 8u < valid ? s.v[i + 2] * scale : -as_float(0x7f800000u);
-    float top = first > second ? first : second;
+    float top = s[0] > s[1] ? s[0] : s[1];
     for (uint m = 4; m < 32u; m <<= 1) {
       float other = shuffle_xor(top, m);
       top = other > top ? other : top;
     }
-    top = a.top[i] > top ? a.top[i] : top;
-    keep[i] = exp2_fast(a.top[i] - top);
-    p[i] = exp2_fast(first - top);
-    p[i + 2] = exp2_fast(second - top);
-    a.sum[i] = a.sum[i] * keep[i] + (p[i] + p[i + 2]);
-    a.top[i] = top;
-  }
-  // The probabilities as two halves each, so that rounding them to T costs nothing.
-  uint high[2], low[2];
-  UNROLL for (int h = 0; h < 2; ++h) {
-    high[h] = pack_halves<T>(p[2 * h], p[2 * h + 1]);
-    low[h] =
-        pack_halves<T>(p[2 * h] - rounded<T>(p[2 * h]), p[2 * h + 1] - rounded<T>(p[2 * h + 1]));
-    high[h] = transpose_tile(high[h]);
-    low[h] = transpose_tile(low[h]);
-  }
-  UNROLL for (int j = 0; j < D / 32; ++j) {
+    uint head = lane % 4u * 2u + uint(i), at = head * kProbabilities + lane / 4u;
     UNROLL for (int r = 0; r < 2; ++r) {
-      uint v[4];
-      UNROLL for (int h = 0; h < 4; ++h) {
-        v[h] = transpose_tile(values.words[h / 2][j].w[2 * r + h % 2]);
-      }
-      UNROLL for (int h = 0; h < 4; ++h) a.out[j][r].v[h] *= keep[h % 2];
-      a.out[j][r] = multiply_halves<T>(a.out[j][r], v[0], v[1], v[2], v[3], high[0], high[1]);
-      a.out[j][r] = multiply_halves<T>(a.out[j][r], v[0], v[1], v[2], v[3], low[0], low[1]);
+      p[r] = exp2_fast(s[r] - top);
+      high[at + 8 * r] = T(p[r]);
+      low[at + 8 * r] = T(p[r] - rounded<T>(p[r]));
     }
+    float sum = p[0] + p[1];
+    for (uint m = 4; m < 32u; m <<= 1) sum += shuffle_xor(sum, m);
+    if (lane < 4u) {
+      stats[2u * head] = top;
+      stats[2u * head + 1u] = sum;
+    }
+  }
+}
+
+// What a block knows so far: of heads 2 t and 2 t + 1 of lane 4 g + t the largest score and the
+// sum, the same in every warp; of every eighth 16 of D dimensions the sum of values, for dimensions
+// g and g + 8 of both heads.
+template <int D>
+struct ClusterAttended {
+  static constexpr int SLICES = D / 16, MINE = (SLICES + 7) / 8;
+  float top[2], sum[2];
+  Floats<4> out[MINE];
+};
+
+template <int D>
+FUNC ClusterAttended<D> nothing_seen() {
+  ClusterAttended<D> a;
+  UNROLL for (int i = 0; i < 2; ++i) {
+    a.top[i] = -as_float(0x7f800000u);
+    a.sum[i] = 0.0f;
+  }
+  UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) a.out[m] = zeros<4>();
+  return a;
+}
+
+// Adds the values of a batch of `tiles` tiles that score_tile has seen. Values past the last valid
+// position have to be numbers.
+template <typename T, int D, int PITCH, typename P, typename F>
+FUNC void add_values(ClusterAttended<D>& a, P values, P high, P low, F stats, uint tiles, uint warp,
+                     uint lane) {
+  float shares[kTiles][2], keep[2];
+  UNROLL for (int i = 0; i < 2; ++i) {
+    uint head = lane % 4u * 2u + uint(i);
+    float best = a.top[i];
+    UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      shares[tile][i] = -as_float(0x7f800000u);
+      if (uint(tile) < tiles) shares[tile][i] = stats[16u * uint(tile) + 2u * head];
+      best = shares[tile][i] > best ? shares[tile][i] : best;
+    }
+    keep[i] = exp2_fast(a.top[i] - best);
+    a.top[i] = best;
+    a.sum[i] *= keep[i];
+    UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      shares[tile][i] = exp2_fast(shares[tile][i] - best);
+      if (uint(tile) < tiles) {
+        a.sum[i] = fma_rn(shares[tile][i], stats[16u * uint(tile) + 2u * head + 1u], a.sum[i]);
+      }
+    }
+  }
+  UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) {
+    UNROLL for (int i = 0; i < 4; ++i) a.out[m].v[i] *= keep[i % 2];
+  }
+  UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+    if (uint(tile) >= tiles) continue;
+    uint at = lane / 4u * kProbabilities + 16u * uint(tile) + lane % 4u * 2u;
+    uint h0 = load_two(high + at), h1 = load_two(high + (at + 8u));
+    uint l0 = load_two(low + at), l1 = load_two(low + (at + 8u));
+    // 16 positions of 16 dimensions, turned: each lane names one row of an 8 by 8 tile.
+    P row =
+        values + ((16u * uint(tile) + lane % 8u + lane / 16u * 8u) * PITCH + lane / 8u % 2u * 8u);
+    UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) {
+      uint slice = warp + 8u * uint(m);
+      if (ClusterAttended<D>::SLICES % 8 == 0 || slice < uint(ClusterAttended<D>::SLICES)) {
+        Words<4> v = load_turned(row + slice * 16u);
+        Floats<4> c = multiply_halves<T>(zeros<4>(), v.w[0], v.w[1], v.w[2], v.w[3], h0, h1);
+        c = multiply_halves<T>(c, v.w[0], v.w[1], v.w[2], v.w[3], l0, l1);
+        UNROLL for (int i = 0; i < 4; ++i) {
+          a.out[m].v[i] = fma_rn(shares[tile][i % 2], c.v[i], a.out[m].v[i]);
+        }
+      }
+    }
+  }
+}
+
+// Each head's part to the block of that rank: gathered [kCluster][D], stats [kCluster][2].
+template <int D>
+FUNC constexpr uint bytes_of_parts() {
+  return kCluster * (D + 2) * 4;
+}
+template <int D, typename F, typename C>
+FUNC void send_parts(const ClusterAttended<D>& a, F gathered, F stats, C arrivals, uint rank,
+                     uint heads, uint warp, uint lane) {
+  UNROLL for (int i = 0; i < 2; ++i) {
+    uint head = lane % 4u * 2u + uint(i);
+    if (head >= heads) continue;
+    UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) {
+      uint slice = warp + 8u * uint(m), at = rank * D + slice * 16u + lane / 4u;
+      if (slice < uint(ClusterAttended<D>::SLICES)) {
+        send_part(gathered + at, arrivals, head, a.out[m].v[i]);
+        send_part(gathered + (at + 8u), arrivals, head, a.out[m].v[2 + i]);
+      }
+    }
+    if (warp == 0u && lane < 4u) {
+      send_part(stats + 2u * rank, arrivals, head, a.top[i]);
+      send_part(stats + (2u * rank + 1u), arrivals, head, a.sum[i]);
+    }
+  }
+}
+
+// A head's parts to its values, divided by their sum, and to (largest score, sum) of the stretch.
+template <int D, typename F, typename P>
+FUNC void merge_parts(F gathered, F stats, P partial, P partial_stats, uint thread) {
+  float shares[kCluster], highest = -as_float(0x7f800000u), sum = 0.0f;
+  UNROLL for (int b = 0; b < kCluster; ++b) {
+    shares[b] = stats[2 * b];
+    highest = shares[b] > highest ? shares[b] : highest;
+  }
+  UNROLL for (int b = 0; b < kCluster; ++b) {
+    shares[b] = exp2_fast(shares[b] - highest);
+    sum = fma_rn(shares[b], stats[2 * b + 1], sum);
+  }
+  float inverse = div_fast(1.0f, sum);
+  UNROLL for (int pass = 0; pass < (D + 255) / 256; ++pass) {
+    uint d = thread + uint(pass) * 256u;
+    if (d < uint(D)) {
+      float value = 0.0f;
+      UNROLL for (int b = 0; b < kCluster; ++b) {
+        value = fma_rn(shares[b], gathered[uint(b) * D + d], value);
+      }
+      partial[d] = value * inverse;
+    }
+  }
+  if (thread == 0u) {
+    partial_stats[0] = highest;
+    partial_stats[1] = sum;
   }
 }

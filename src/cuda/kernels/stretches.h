@@ -1,14 +1,14 @@
-// Long caches are attended to in stretches by blocks side by side. How many depends on the row's
+// Long caches are attended to in stretches by clusters side by side. How many depends on the row's
 // own cache alone, so that its bits do not depend on its neighbours.
 #pragma once
 
-constexpr int kGroupedStretch = 2048, kLatentStretch = 32;
+constexpr int kStretch = 2048;
 
-// At most MOST, a power of two: one for every TOKENS tokens, the newest among them.
-template <int MOST, int TOKENS>
+// At most MOST, a power of two: one for every kStretch tokens, the newest among them.
+template <int MOST>
 FUNC uint stretches(uint cached) {
   uint active = 1u;
-  while (active < uint(MOST) && cached >= active * TOKENS) active *= 2u;
+  while (active < uint(MOST) && cached >= active * kStretch) active *= 2u;
   return active;
 }
 
@@ -39,21 +39,17 @@ FUNC Floats<8> merged_stretches(P partial, P stats, uint at, uint active) {
   return v;
 }
 
-// Lane l: the shares of stretches l and l + 32 of 64 or fewer.
-template <typename P>
-FUNC Floats<2> stretch_weights(P stats, uint active, uint lane) {
-  float tops[2], sums[2];
-  UNROLL for (int h = 0; h < 2; ++h) {
-    bool in = lane + 32u * uint(h) < active;
-    tops[h] = in ? stats[2u * lane + 64u * uint(h)] : -as_float(0x7f800000u);
-    sums[h] = in ? stats[2u * lane + 64u * uint(h) + 1u] : 0.0f;
+// A thread's part of COLS values, those of heads of D each.
+template <int COLS, int D, int MOST, int THREADS, typename P>
+FUNC RowPart<COLS, THREADS> merged_row(P partial, P stats, uint active, uint thread_at) {
+  RowPart<COLS, THREADS> row;
+  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
+    uint k = (thread_at + uint(i) * THREADS) * 8u, head = k / D;
+    row.v[i] = zeros<8>();
+    if (k < uint(COLS)) {
+      row.v[i] = merged_stretches<MOST, D>(partial + head * (MOST * D), stats + head * (MOST * 2),
+                                           k % D, active);
+    }
   }
-  float highest = lane_max(tops[0] > tops[1] ? tops[0] : tops[1]);
-  Floats<2> weights;
-  UNROLL for (int h = 0; h < 2; ++h) {
-    weights.v[h] = sums[h] > 0.0f ? mul_rn(sums[h], exp2_fast(add_rn(tops[h], -highest))) : sums[h];
-  }
-  float total = lane_sum(add_rn(weights.v[0], weights.v[1]));
-  UNROLL for (int h = 0; h < 2; ++h) weights.v[h] = div_fast(weights.v[h], total);
-  return weights;
+  return row;
 }

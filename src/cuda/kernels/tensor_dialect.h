@@ -9,6 +9,7 @@
 #endif
 
 #define groups_x gridDim.x
+#define ROLLED _Pragma("unroll 1")
 
 // The next kernel's blocks may come onto the device, up to their own wait_for_inputs().
 FUNC void let_next_start() {
@@ -71,18 +72,6 @@ FUNC uint load_two(const T* p) {
   return *reinterpret_cast<const uint*>(p);
 }
 
-// 16 bytes to shared memory, in the background; wait_for_copies() ends when the thread's own have.
-template <typename T>
-FUNC void copy_async(T* to, const T* from) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint(__cvta_generic_to_shared(to))),
-      "l"(from)
-      : "memory");
-}
-FUNC void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 // Eight values that an earlier kernel may have written while this one was waiting: from L2.
 FUNC Words<4> load_coherent(const void* p) {
   Words<4> w;
@@ -92,6 +81,41 @@ FUNC Words<4> load_coherent(const void* p) {
                : "memory");
   return w;
 }
+// The kernel's one array whose size the launch gives.
+#define DYNAMIC_SHARED_ARRAY(type, name, size) \
+  extern __shared__ uint4 dynamic_words[];     \
+  type* const name = reinterpret_cast<type*>(dynamic_words)
+template <typename T>
+FUNC float* as_floats(T* p) {
+  return reinterpret_cast<float*>(p);
+}
+
+// 16 bytes to shared memory.
+template <typename T>
+FUNC void store_zeros(T* to) {
+  *reinterpret_cast<Words<4>*>(to) = {{0u, 0u, 0u, 0u}};
+}
+template <typename T>
+FUNC void copy_words(T* to, const T* from) {
+  *reinterpret_cast<Words<4>*>(to) = load_coherent(from);
+}
+// The same in the background: wait_for_copies<N>() ends when all of the thread's own have but those
+// of the last N commits.
+template <typename T>
+FUNC void copy_async(T* to, const T* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint(__cvta_generic_to_shared(to))),
+      "l"(from)
+      : "memory");
+}
+FUNC void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+FUNC void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 template <typename T>
 FUNC Floats<8> load_fresh(const T* p, uint at) {
   struct alignas(16) Eight {
@@ -179,14 +203,8 @@ template <typename T>
 FUNC uint pack_halves(float a, float b) {
   return Halves<T>::packed(a, b);
 }
-// An 8 x 8 tile of halves, lane 4 g + t with elements (g, 2 t) and (g, 2 t + 1), transposed.
-FUNC uint transpose_tile(uint v) {
-  uint r;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-  return r;
-}
-// Four such tiles from shared memory, as they are or transposed; lane 8 i + r names row r of tile
-// i.
+// Four 8 x 8 tiles of halves from shared memory, as they are or transposed: lane 8 i + r names row
+// r of tile i.
 #define LOAD_TILES(name, how)                                                              \
   template <typename T>                                                                    \
   FUNC Words<4> name(const T* p) {                                                         \
@@ -201,9 +219,11 @@ LOAD_TILES(load_tiles, "")
 LOAD_TILES(load_turned, ".trans")
 #undef LOAD_TILES
 
+// The blocks of a cluster meet where all have arrived; what they wrote before is not made visible:
+// that costs a wait for every store of theirs. Values go by send_part instead.
 FUNC void cluster_arrive() {
 #if MOEFUSE_HOPPER
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 FUNC void cluster_wait() {
@@ -211,13 +231,46 @@ FUNC void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// *p = v in the shared memory of another block of the cluster.
-FUNC void store_remote(float* p, uint rank, float v) {
+
+// In shared memory: counts the bytes that have come from the cluster's blocks.
+using Arrivals = unsigned long long;
+// By one thread, before its block arrives.
+FUNC void expect_parts(Arrivals* arrivals, uint bytes) {
 #if MOEFUSE_HOPPER
-  uint there;
+  uint at = uint(__cvta_generic_to_shared(arrivals));
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+               : "memory");
+#endif
+}
+// *p = v in the shared memory of the cluster's block `rank`, whose arrivals count it.
+FUNC void send_part(float* p, Arrivals* arrivals, uint rank, float v) {
+#if MOEFUSE_HOPPER
+  uint there, count;
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(there)
       : "r"(uint(__cvta_generic_to_shared(p))), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(count)
+      : "r"(uint(__cvta_generic_to_shared(arrivals))), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+      "r"(__float_as_uint(v)), "r"(count)
+      : "memory");
+#endif
+}
+// Ends when all that was expected has come.
+FUNC void wait_for_parts(Arrivals* arrivals) {
+#if MOEFUSE_HOPPER
+  uint at = uint(__cvta_generic_to_shared(arrivals)), done = 0u;
+  while (done == 0u) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(at)
+        : "memory");
+  }
 #endif
 }

@@ -85,7 +85,7 @@
   IN(T, v_cache, sequences * KV_HEADS * capacity * D) \
   OUT(float, partial, rows * HEADS * SPLITS * D) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
-#define STAGED_ATTENTION_MLA_SIGNATURE \
+#define CLUSTER_ATTENTION_MLA_SIGNATURE \
   TYPE(T) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) INT(KV_STRIDE) INT(KV_OFFSET) \
   IN(T, q_latent, rows * HEADS * LORA) IN(T, q, rows * HEADS * (NOPE + ROPE)) \
   IN(T, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
@@ -108,5 +108,5 @@
   KERNEL(grid_unembed, GRID_UNEMBED_SIGNATURE)
 #define MOEFUSE_CLUSTER_KERNELS(KERNEL) \
   KERNEL(cluster_attention_gqa, CLUSTER_ATTENTION_GQA_SIGNATURE) \
-  KERNEL(staged_attention_mla, STAGED_ATTENTION_MLA_SIGNATURE)
+  KERNEL(cluster_attention_mla, CLUSTER_ATTENTION_MLA_SIGNATURE)
 // clang-format on

@@ -6,6 +6,11 @@
 // outside a buffer, a divergent barrier or simd operation, a read of threadgroup memory that nobody
 // wrote, two threads that touch one element between two barriers (one of them writing), two threads
 // of a dispatch that write one element of a buffer, a misaligned vector load.
+//
+// For CUDA's own texts also clusters of groups that are alive together, with a barrier in two
+// halves (which publishes nothing) and stores to each other's shared memory, which the receiver
+// counts; matrix operations, which take words from every lane; and copies in the background, which
+// land no earlier than they are waited for.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +18,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -50,7 +56,9 @@ struct At {
 [[noreturn]] void fail(const Where& where, const std::string& what);
 
 // Runs `kernel` for every thread of `groups` threadgroups of `threads` threads (one dimension).
-void dispatch(Uint3 groups, uint32_t threads, Order order, const std::function<void()>& kernel);
+// cluster: so many of them along x are alive together, with the shared memory of a block on CUDA.
+void dispatch(Uint3 groups, uint32_t threads, Order order, const std::function<void()>& kernel,
+              uint32_t cluster = 1);
 
 // Called from kernel texts through the host dialect.
 uint32_t lane();
@@ -63,26 +71,73 @@ uint64_t thread_in_dispatch();
 void barrier(Where where);
 uint32_t shuffle(uint32_t value, uint32_t source_lane, Where where);
 
-// One array of threadgroup memory, shared by the threads of the running group.
+// What each lane of the simdgroup gave to exchange(), until the thread's next simd operation.
+constexpr int kMostWords = 6;
+struct LaneWords {
+  const uint32_t (*words)[kMostWords];
+  const uint32_t* operator[](uint32_t lane) const { return words[lane]; }
+};
+LaneWords exchange(const uint32_t* words, uint32_t count, Where where);
+
+void cluster_arrive(Where where);
+void cluster_wait(Where where);
+// Until all the bytes that `arrivals` expects have come.
+class SharedBlock;
+void wait_for_parts(const SharedBlock& arrivals, Where where);
+
+// land: called when the thread waits for the group of copies that commit_copies() put it in.
+void start_copy(std::function<void()> land);
+void commit_copies();
+void wait_for_copies(uint32_t pending);
+
+// One array of threadgroup memory, shared by the threads of the running group. `count` granules of
+// `size` bytes; an access touches one or several.
 class SharedBlock {
  public:
-  SharedBlock(size_t count, size_t size);
-  void on_read(const At& at) const;
-  void on_write(const At& at);
+  SharedBlock(const char* name, size_t count, size_t size, bool dynamic);
+  // at: in units of `size` bytes. unwritten_too: what nobody wrote reads as NaN.
+  void on_read(const At& at, size_t size, bool unwritten_too = false) const;
+  // remote: by a thread of another group of the cluster. copying: from now on until it lands.
+  void on_write(const At& at, size_t size, bool remote = false, bool copying = false);
+  // Of the group of that rank in the cluster.
+  SharedBlock& of_rank(uint32_t rank, const Where& where) const;
   std::byte* data() { return bytes_.data(); }
-  size_t count() const { return shadow_.size(); }
+  // The line of a store from another group, if there was one.
+  const std::optional<Where>& remote() const { return remote_; }
+
+  // An array that counts the bytes of such stores.
+  void expect(uint32_t bytes, const Where& where);
+  void arrive(uint32_t bytes, const Where& where);
+  bool complete() const { return expecting_ && received_ == expected_; }
 
  private:
-  struct Shadow {
-    int32_t writer = -1, reader = -1;  // thread in group; reader -2: several
-    uint32_t write_epoch = 0, read_epoch = 0;
+  static constexpr int32_t kNobody = -1, kSeveral = -2;
+  struct Touch {
+    int32_t thread = kNobody;  // in the cluster
+    uint32_t epoch = 0;        // barriers of the group so far; 0 from elsewhere
+    uint32_t phase = 0;        // arrival at the cluster's barrier that comes next
   };
-  void check(const At& at) const;
+  struct Shadow {
+    Touch write, read;
+    bool copying = false;
+  };
+  static bool by_barrier(const Touch& touch);
+  static bool by_cluster(const Touch& touch);
+  static Touch touch(bool remote);
+  void check(const At& at, size_t size) const;
+
+  const std::string name_;
+  const size_t granule_;
+  const bool dynamic_;
+  std::optional<Where> remote_;
+  bool expecting_ = false;
+  uint32_t expected_ = 0, received_ = 0, expecting_phase_ = 0;
   std::vector<std::byte> bytes_;
   mutable std::vector<Shadow> shadow_;
 };
 
-SharedBlock& shared_block(const char* name, size_t count, size_t size, Where where);
+SharedBlock& shared_block(const char* name, size_t count, size_t size, Where where,
+                          bool dynamic = false);
 
 template <typename T>
 class Shared {
@@ -94,11 +149,11 @@ class Shared {
       return static_cast<float>(static_cast<T>(*this));
     }
     operator T() const {
-      block_->on_read(at_);
+      block_->on_read(at_, sizeof(T));
       return reinterpret_cast<T*>(block_->data())[at_.index];
     }
     void operator=(T value) const {
-      block_->on_write(at_);
+      block_->on_write(at_, sizeof(T));
       reinterpret_cast<T*>(block_->data())[at_.index] = value;
     }
     void operator=(const Element& other) const { *this = static_cast<T>(other); }
@@ -108,16 +163,22 @@ class Shared {
     At at_;
   };
 
-  explicit Shared(SharedBlock& block) : block_(&block) {}
+  explicit Shared(SharedBlock& block, int64_t offset = 0) : block_(&block), offset_(offset) {}
   Element operator[](At at) const {
     at.index += offset_;
     return {block_, at};
   }
-  Shared operator+(int64_t n) const {
-    Shared moved = *this;
-    moved.offset_ += n;
-    return moved;
+  Shared operator+(int64_t n) const { return Shared(*block_, offset_ + n); }
+  int64_t offset() const { return offset_; }
+  SharedBlock& block() const { return *block_; }
+
+  // 16 bytes from here on, for what moves as many at once.
+  static constexpr int kLine = 16 / sizeof(T);
+  At line(const Where& where) const {
+    if (offset_ % kLine != 0) fail(where, "misaligned access to shared memory");
+    return At(offset_ / kLine, where.file, where.line);
   }
+  std::byte* bytes() const { return block_->data() + offset_ * sizeof(T); }
 
  private:
   SharedBlock* block_;

@@ -1,0 +1,224 @@
+// What the emulator has for CUDA's texts beyond Metal's: products of tiles as the PTX manual lays
+// them out, and planted faults in clusters and background copies, each caught.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "dialect_host.h"
+#include "tensor_dialect_host.h"
+
+namespace {
+
+using emulator::Buffer;
+using emulator::Order;
+using emulator::Pointer;
+using T = float16_t;
+
+constexpr Order kOrders[] = {Order::forward, Order::reverse, Order::shuffled};
+
+void expect_caught(uint threads, uint cluster, const std::function<void()>& kernel,
+                   const std::string& what) {
+  for (Order order : kOrders) {
+    try {
+      emulator::dispatch({cluster, 1, 1}, threads, order, kernel, cluster);
+      FAIL() << "not caught: " << what;
+    } catch (const emulator::Error& e) {
+      EXPECT_NE(std::string(e.what()).find(what), std::string::npos) << e.what();
+    }
+  }
+}
+
+// 16 x 16 times 16 x 8, the first read as tiles, the second turned.
+TEST(TensorDialect, MultipliesTiles) {
+  std::vector<T> a(16 * 16), b(16 * 8);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = T(float(i * 7 % 23) - 11.0f);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = T(float(i * 5 % 19) - 9.0f);
+  Buffer<T> in_a(a), in_b(b);
+  auto out = Buffer<float>::output(16 * 8);
+  const Pointer<const T> x(in_a), y(in_b);
+  const Pointer<float> z(out);
+  const auto kernel = [=] {
+    DYNAMIC_SHARED_ARRAY(T, left, 16 * 24);
+    SHARED_ARRAY(T, right, 32 * 8);
+    copy_async(left + (lane_id / 2 * 24 + lane_id % 2 * 8), x + lane_id * 8);
+    if (lane_id < 16) copy_words(right + lane_id * 8, y + lane_id * 8);
+    if (lane_id >= 16) store_zeros(right + lane_id * 8);
+    commit_copies();
+    wait_for_copies<0>();
+    group_barrier();
+    const auto l = load_tiles(left + (lane_id % 16 * 24 + lane_id / 16 * 8));
+    const auto r = load_turned(right + lane_id * 8);
+    const auto c = multiply_halves<T>(zeros<4>(), l.w[0], l.w[1], l.w[2], l.w[3], r.w[0], r.w[1]);
+    for (uint i = 0; i < 4; ++i)
+      z[(lane_id / 4 + i / 2 * 8) * 8 + lane_id % 4 * 2 + i % 2] = c.v[i];
+  };
+  emulator::dispatch(
+      {2, 1, 1}, 32, Order::forward,
+      [&] {
+        if (group_x == 0) kernel();
+      },
+      2);
+  for (size_t row = 0; row < 16; ++row)
+    for (size_t column = 0; column < 8; ++column) {
+      float sum = 0.0f;
+      for (size_t k = 0; k < 16; ++k) sum += float(a[row * 16 + k]) * float(b[k * 8 + column]);
+      EXPECT_EQ(out.values()[row * 8 + column], sum) << row << " " << column;
+    }
+}
+
+TEST(TensorDialect, BlocksSendToEachOther) {
+  auto out = Buffer<float>::output(4 * 4);
+  const Pointer<float> z(out);
+  for (Order order : kOrders) {
+    emulator::dispatch(
+        {4, 1, 1}, 64, order,
+        [=] {
+          SHARED_ARRAY(float, parts, 4);
+          SHARED_ARRAY(Arrivals, arrivals, 1);
+          if (thread_id == 0) expect_parts(arrivals, 4 * 4);
+          cluster_arrive();
+          cluster_wait();
+          if (thread_id < 4) send_part(parts + group_x, arrivals, thread_id, float(10 * group_x));
+          wait_for_parts(arrivals);
+          if (thread_id < 4) z[group_x * 4 + thread_id] = parts[thread_id];
+        },
+        4);
+    for (size_t i = 0; i < 16; ++i) EXPECT_EQ(out.values()[i], float(10 * (i % 4)));
+  }
+}
+
+TEST(TensorDialect, CatchesAPartThatNobodyWaitedFor) {
+  expect_caught(
+      32, 2,
+      [] {
+        SHARED_ARRAY(float, parts, 2);
+        SHARED_ARRAY(Arrivals, arrivals, 1);
+        if (thread_id == 0) expect_parts(arrivals, 8);
+        cluster_arrive();
+        cluster_wait();
+        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
+        cluster_arrive();
+        cluster_wait();
+        const float seen = parts[0];
+        (void)seen;
+        wait_for_parts(arrivals);
+      },
+      "before the same barrier");
+}
+
+TEST(TensorDialect, CatchesAPartToABlockThatMayHaveEnded) {
+  expect_caught(
+      32, 2,
+      [] {
+        SHARED_ARRAY(float, parts, 2);
+        SHARED_ARRAY(Arrivals, arrivals, 1);
+        if (thread_id == 0) expect_parts(arrivals, 8);
+        cluster_arrive();
+        cluster_wait();
+        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
+        if (group_x == 0) wait_for_parts(arrivals);
+      },
+      "may have ended");
+}
+
+TEST(TensorDialect, CatchesAPartBeforeTheBlocksMet) {
+  expect_caught(
+      32, 2,
+      [] {
+        SHARED_ARRAY(float, parts, 2);
+        SHARED_ARRAY(Arrivals, arrivals, 1);
+        if (thread_id == 0) expect_parts(arrivals, 8);
+        cluster_arrive();
+        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
+        cluster_wait();
+        wait_for_parts(arrivals);
+      },
+      "may not expect");
+}
+
+TEST(TensorDialect, CatchesAPartOverWhatMayStillBeRead) {
+  expect_caught(
+      32, 2,
+      [] {
+        SHARED_ARRAY(float, parts, 2);
+        SHARED_ARRAY(Arrivals, arrivals, 1);
+        if (thread_id == 0) expect_parts(arrivals, 8);
+        if (thread_id < 2) parts[thread_id] = 0.0f;
+        cluster_arrive();
+        const float seen = thread_id < 2 ? float(parts[thread_id]) : 0.0f;  // after arriving
+        (void)seen;
+        cluster_wait();
+        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
+        wait_for_parts(arrivals);
+      },
+      "race");
+}
+
+TEST(TensorDialect, CatchesPartsThatNeverCome) {
+  expect_caught(
+      32, 2,
+      [] {
+        SHARED_ARRAY(Arrivals, arrivals, 1);
+        if (thread_id == 0) expect_parts(arrivals, 4);
+        cluster_arrive();
+        cluster_wait();
+        wait_for_parts(arrivals);
+      },
+      "forever");
+}
+
+TEST(TensorDialect, CatchesABlockThatLeavesItsCluster) {
+  expect_caught(
+      32, 2,
+      [] {
+        if (group_x == 1) return;
+        cluster_arrive();
+        cluster_wait();
+      },
+      "has ended");
+}
+
+TEST(TensorDialect, CatchesReadingWhatACopyBrings) {
+  Buffer<T> in(std::vector<T>(256, T(1.0f)));
+  const Pointer<const T> x(in);
+  expect_caught(
+      32, 2,
+      [=] {
+        SHARED_ARRAY(T, there, 512);
+        copy_async(there + lane_id * 8, x + lane_id * 8);
+        commit_copies();
+        copy_async(there + (256 + lane_id * 8), x + lane_id * 8);
+        commit_copies();
+        wait_for_copies<1>();
+        group_barrier();
+        load_tiles(there + lane_id * 8);
+        load_tiles(there + (256 + lane_id * 8));
+      },
+      "a copy that nobody waited for");
+}
+
+TEST(TensorDialect, CatchesACopyThatWasNeverCommitted) {
+  Buffer<T> in(std::vector<T>(256, T(1.0f)));
+  const Pointer<const T> x(in);
+  expect_caught(
+      32, 2,
+      [=] {
+        SHARED_ARRAY(T, there, 256);
+        copy_async(there + lane_id * 8, x + lane_id * 8);
+        wait_for_copies<0>();
+        load_tiles(there + lane_id * 8);
+      },
+      "a copy that nobody waited for");
+}
+
+TEST(TensorDialect, CatchesMisalignedTiles) {
+  expect_caught(
+      32, 2,
+      [] {
+        SHARED_ARRAY(T, there, 512);
+        load_tiles(there + lane_id * 12);
+      },
+      "misaligned");
+}
+
+}  // namespace
