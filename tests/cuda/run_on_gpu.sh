@@ -1,7 +1,7 @@
 #!/bin/sh
 # The decode step on the CUDA GPU at hand (an H100 or H200, 20 GB, about two minutes): against the CPU's
 # executor and itself, then tokens a second, then through mlx-lm beside stock.
-#   tests/cuda/run_on_gpu.sh [check|time|mlx_lm|all]
+#   tests/cuda/run_on_gpu.sh [check|generations|time|mlx_lm|all]
 set -e
 cd "$(dirname "$0")/../.."
 command -v nvidia-smi >/dev/null || { echo "skipped: no NVIDIA driver on this machine"; exit 77; }
@@ -15,3 +15,6 @@ for family in qwen glm; do
     PYTHONPATH=python $python benchmarks/cuda/mlx_lm_decode.py $family ;;
   esac
 done
+case ${1:-all} in
+  generations | all) PYTHONPATH=python $python tests/cuda/generations.py ;;
+esac
