@@ -67,17 +67,28 @@ def mixed_bits(model):
         down.bits = 8
 
 
+def mixed_modes(model):
+    for block in blocks(model):
+        down = block.switch_mlp.down_proj
+        weight = mx.dequantize(
+            down.weight, down.scales, down.biases, group_size=down.group_size, bits=down.bits
+        )
+        down.weight, down.scales = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+        down.biases, down.mode = None, "mxfp4"
+
+
 @pytest.mark.parametrize(
     ("quantize", "change", "reason"),
     [
         ({}, None, "gate_proj is a SwitchLinear"),
-        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, None, "quantised as mxfp4"),
+        ({"group_size": 32, "bits": 8, "mode": "mxfp8"}, None, "quantised as mxfp8"),
         ({"group_size": 32, "bits": 3}, None, "has 3 bits in groups of 32"),
         (None, gelu, "the activation is not SwiGLU"),
         (None, biased, "down_proj has a bias"),
         (None, with_lora, "gate_proj is a LoRASwitchLinear"),
         (None, other_switch, "switch_mlp is a OtherSwitch"),
-        (None, mixed_bits, "differ in bits or group_size"),
+        (None, mixed_bits, "differ in mode, bits or group_size"),
+        (None, mixed_modes, "differ in mode, bits or group_size"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -138,9 +149,6 @@ def test_activations_of_another_dtype(family):
 
 
 def test_global_scale():
-    model = _quantised("qwen", {"group_size": 16, "bits": 4, "mode": "nvfp4"})
-    report = moefuse.patch(model, ["experts", "combine"])
-    assert report.fallbacks == {"experts: gate_proj is quantised as nvfp4": LAYERS}
     model = tiny("qwen")
     for block in blocks(model):
         block.switch_mlp.gate_proj.global_scale = mx.ones((16,))
