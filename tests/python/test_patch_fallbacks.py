@@ -10,7 +10,7 @@ import moefuse
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.tuner.lora import LoRASwitchLinear
-from patch_support import FAMILIES, blocks, prompt, same_bits, tiny
+from patch_support import FAMILIES, blocks, prompt, same_bits, tiny, tiny_with_experts
 
 LAYERS = 2  # MoE blocks of a tiny model
 
@@ -118,10 +118,7 @@ def _quantised(family: str, quantize: dict | None):
         return tiny(family)
     if quantize == {}:  # MLX multiplies unquantised experts on CPU in float32 only
         return tiny(family, mx.float32, quantize={})
-    model = tiny(family, quantize={})
-    for block in blocks(model):
-        nn.quantize(block.switch_mlp, **quantize)
-    return model
+    return tiny_with_experts(family, **quantize)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
