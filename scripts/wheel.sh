@@ -68,9 +68,10 @@ venv "$work/wheel"
 PYTHONPATH=python MOEFUSE_INSTALLED=$work/wheel MOEFUSE_SLOW_DOCS=1 \
   python -m pytest -q -k quick_start tests/python/test_docs.py
 
-say "the quick start, from pip install '.$extra'"
+say "the quick start, from the sdist"
 venv "$work/source"
-"$work/source/bin/pip" install -q --disable-pip-version-check "$root$extra"
+set -- "$dist"/*.tar.gz
+"$work/source/bin/pip" install -q --disable-pip-version-check "$1$extra"
 PYTHONPATH=python MOEFUSE_INSTALLED=$work/source \
   python -m pytest -q -k quick_start tests/python/test_docs.py
 say "$(ls "$dist" | tr '\n' ' ')"

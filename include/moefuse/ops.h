@@ -37,12 +37,15 @@ Scoring scoring_from(const std::string& name);
 RouterMode router_mode_from(const std::string& name);
 std::string to_string(Accumulate accumulate);
 
-// An affine-quantised stack of expert matrices: weight uint32 [E, N, K * bits / 32], scales and
-// biases [E, N, K / group_size] of the activation dtype.
+// A quantised stack of expert matrices: weight uint32 [E, N, K * bits / 32], scales [E, N, K /
+// group_size]. What `mode` names decides the rest:
+//   affine  4 or 8 bits, groups of 32, 64 or 128, scales and biases of the activation dtype;
+//   mxfp4   4 bits, groups of 32, uint8 scales and no biases;
+//   nvfp4   4 bits, groups of 16, uint8 scales and no biases.
 struct QuantizedExperts {
   mx::array weight;
   mx::array scales;
-  mx::array biases;
+  std::optional<mx::array> biases = std::nullopt;
 };
 
 struct RouterOptions {
@@ -75,13 +78,11 @@ mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::arr
 // experts, silu(gate x) * (up x), then down, then the weighted sum over the k -> [..., D].
 // gate and up are [E, I, H], down is [E, D, I]; indices integer [..., k], weights [..., k], k
 // <= 16.
-mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const QuantizedExperts& gate,
-                                                 const QuantizedExperts& up,
-                                                 const QuantizedExperts& down,
-                                                 const mx::array& indices, const mx::array& weights,
-                                                 Accumulate accumulate = Accumulate::fp32_no_fma,
-                                                 int group_size = 64, int bits = 4,
-                                                 mx::StreamOrDevice s = {});
+mx::array moe_gather_qmm_swiglu_downproj_combine(
+    const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
+    const QuantizedExperts& down, const mx::array& indices, const mx::array& weights,
+    Accumulate accumulate = Accumulate::fp32_no_fma, int group_size = 64, int bits = 4,
+    const std::string& mode = "affine", mx::StreamOrDevice s = {});
 
 // silu(gather_qmm(x, gate)) * gather_qmm(x, up), with gather_qmm's batching: x [..., M, K], indices
 // broadcast against each other -> indices.shape + [M, N].

@@ -19,10 +19,15 @@ void bind_decoder(nb::module_& m);  // _decoder.cpp
 
 namespace {
 
-using Experts = std::tuple<mx::array, mx::array, mx::array>;  // weight, scales, biases
+using Optional = std::optional<mx::array>;
+// weight, scales and, if affine, biases: what mx.quantize gives.
+using Experts =
+    std::variant<std::tuple<mx::array, mx::array, Optional>, std::tuple<mx::array, mx::array>>;
 
 moefuse::QuantizedExperts experts(const Experts& w) {
-  return {std::get<0>(w), std::get<1>(w), std::get<2>(w)};
+  if (auto* pair = std::get_if<1>(&w)) return {std::get<0>(*pair), std::get<1>(*pair)};
+  auto& [weight, scales, biases] = std::get<0>(w);
+  return {weight, scales, biases};
 }
 
 void bind_router(nb::module_& m) {
@@ -81,22 +86,24 @@ void bind_experts(nb::module_& m) {
       "moe_gather_qmm_swiglu_downproj_combine",
       [](const mx::array& x, const Experts& gate, const Experts& up, const Experts& down,
          const mx::array& indices, const mx::array& weights, const std::string& accumulate,
-         int group_size, int bits, mx::StreamOrDevice stream) {
+         int group_size, int bits, const std::string& mode, mx::StreamOrDevice stream) {
         return moefuse::moe_gather_qmm_swiglu_downproj_combine(
             x, experts(gate), experts(up), experts(down), indices, weights,
-            moefuse::accumulate_from(accumulate), group_size, bits, stream);
+            moefuse::accumulate_from(accumulate), group_size, bits, mode, stream);
       },
       "x"_a, "gate"_a, "up"_a, "down"_a, "indices"_a, "weights"_a, nb::kw_only(),
-      "accumulate"_a = "fp32_no_fma", "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
+      "accumulate"_a = "fp32_no_fma", "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine",
+      "stream"_a = nb::none(),
       R"(The routed experts of a MoE block in one primitive.
 
 Args:
     x: [..., H], float32, float16 or bfloat16.
-    gate, up: (weight, scales, biases), affine-quantised [E, I, H].
-    down: (weight, scales, biases), affine-quantised [E, D, I].
+    gate, up: (weight, scales, biases) of [E, I, H], as mx.quantize gives them; fp4 modes have
+        no biases.
+    down: the same of [E, D, I].
     indices: integers [..., k], k at most 16; weights: [..., k].
     accumulate: "exact", "fp32_no_fma" or "fp32".
-    group_size: 32, 64 or 128; bits: 4 or 8.
+    mode: "affine" (group_size 32, 64 or 128, bits 4 or 8), "mxfp4" (32, 4) or "nvfp4" (16, 4).
 Returns:
     [..., D] of x's dtype.
 Raises:
@@ -108,8 +115,8 @@ void bind_gather_qmm_swiglu(nb::module_& m) {
   m.def(
       "gather_qmm_swiglu",
       [](const mx::array& x, const mx::array& gate_w, const mx::array& gate_scales,
-         const mx::array& gate_biases, const mx::array& up_w, const mx::array& up_scales,
-         const mx::array& up_biases, const std::optional<mx::array>& lhs_indices,
+         const Optional& gate_biases, const mx::array& up_w, const mx::array& up_scales,
+         const Optional& up_biases, const std::optional<mx::array>& lhs_indices,
          const std::optional<mx::array>& rhs_indices, bool transpose, int group_size, int bits,
          const std::string& mode, const std::string& accumulate, mx::StreamOrDevice stream) {
         return moefuse::gather_qmm_swiglu(x, {gate_w, gate_scales, gate_biases},
@@ -117,15 +124,15 @@ void bind_gather_qmm_swiglu(nb::module_& m) {
                                           transpose, group_size, bits, mode,
                                           moefuse::accumulate_from(accumulate), stream);
       },
-      "x"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a, "up_w"_a, "up_scales"_a, "up_biases"_a,
-      "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(), "transpose"_a = true,
-      "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine", nb::kw_only(),
+      "x"_a, "gate_w"_a, "gate_scales"_a, "gate_biases"_a.none(), "up_w"_a, "up_scales"_a,
+      "up_biases"_a.none(), "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(),
+      "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine", nb::kw_only(),
       "accumulate"_a = "exact", "stream"_a = nb::none(),
       R"(silu(gather_qmm(x, gate)) * gather_qmm(x, up), batched as mx.gather_qmm is.
 
-x is [..., M, K]; the weights are affine-quantised [E, N, K]; the result has the broadcast shape of
-the indices plus [M, N] and x's dtype. Raises ValueError on transpose=False, on another mode and on
-tensors that contradict each other.)");
+x is [..., M, K]; the weights are quantised [E, N, K], mode is "affine", "mxfp4" or "nvfp4" (biases
+None in the last two); the result has the broadcast shape of the indices plus [M, N] and x's dtype.
+Raises ValueError on transpose=False, on another mode and on tensors that contradict each other.)");
 }
 
 }  // namespace

@@ -26,7 +26,12 @@ TRAINING = "training mode"
 SORTED = f"{SORTED_INDICES} indices or more (mlx-lm sorts them)"
 _EXPECTED = (TRAINING, SORTED)  # part of normal use: told on the info level
 _FLOATS = (mx.float32, mx.bfloat16, mx.float16)
-_BITS, _GROUP_SIZES = (4, 8), (32, 64, 128)
+# Each quantisation mode that the kernels take -> its bits and group sizes.
+_FORMATS = {
+    "affine": ((4, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 
 # Each variant -> the stem under which its runs are counted.
 STEMS = {
@@ -139,15 +144,16 @@ def _projection_reason(name: str, proj, dtype) -> str | None:
     known = importlib.import_module("mlx_lm.models.switch_layers").QuantizedSwitchLinear
     if type(proj) is not known:
         return f"{name} is a {type(proj).__name__}"
-    if proj.mode != "affine":
+    if proj.mode not in _FORMATS:
         return f"{name} is quantised as {proj.mode}"
-    if proj.bits not in _BITS or proj.group_size not in _GROUP_SIZES:
+    bits, group_sizes = _FORMATS[proj.mode]
+    if proj.bits not in bits or proj.group_size not in group_sizes:
         return f"{name} has {proj.bits} bits in groups of {proj.group_size}"
     if "bias" in proj:
         return f"{name} has a bias"
     if proj.get("global_scale") is not None:
         return f"{name} has a global_scale"
-    if dtype is not None and proj["scales"].dtype != dtype:
+    if proj.mode == "affine" and dtype is not None and proj["scales"].dtype != dtype:
         return f"{name} has {_dtype_name(proj['scales'].dtype)} scales, x is {_dtype_name(dtype)}"
     return None
 
@@ -165,8 +171,8 @@ def _experts_reason(block, names: tuple[str, ...], dtype, top_k: int) -> str | N
     for name, proj in zip(names, projections, strict=True):
         if reason := _projection_reason(name, proj, dtype):
             return reason
-    if len({(p.bits, p.group_size) for p in projections}) > 1:
-        return f"{', '.join(names)} differ in bits or group_size"
+    if len({(p.mode, p.bits, p.group_size) for p in projections}) > 1:
+        return f"{', '.join(names)} differ in mode, bits or group_size"
     return None
 
 
@@ -297,8 +303,8 @@ class _Block:
             self.joined.split()
 
 
-def _stack(proj) -> tuple[mx.array, mx.array, mx.array]:
-    return proj["weight"], proj["scales"], proj["biases"]
+def _stack(proj) -> tuple[mx.array, mx.array, mx.array | None]:
+    return proj["weight"], proj["scales"], proj.get("biases")
 
 
 def _fused_swiglu(switch, x, indices, accumulate):
@@ -310,6 +316,7 @@ def _fused_swiglu(switch, x, indices, accumulate):
         rhs_indices=indices,
         group_size=gate.group_size,
         bits=gate.bits,
+        mode=gate.mode,
         accumulate=accumulate,
     )
     return switch["down_proj"](hidden, indices).squeeze(-2)
@@ -364,6 +371,7 @@ def _routed(state: _Block, block, x, indices, weights, reasons):
             accumulate=patch.accumulate,
             group_size=gate.group_size,
             bits=gate.bits,
+            mode=gate.mode,
         )
     if part == "swiglu":
         y = _fused_swiglu(switch, x, indices, patch.accumulate)

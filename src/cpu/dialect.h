@@ -103,6 +103,33 @@ inline Vector load(const void* p) {
 #endif
 }
 
+// table[i] for each byte i, which is below 16.
+[[maybe_unused]] inline u8x64 lookup(const uint8_t (&table)[16], u8x64 index) {
+#if defined(__AVX512BW__)
+  const __m128i entries = _mm_loadu_si128((const __m128i*)table);
+  return (u8x64)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), (__m512i)index);
+#elif defined(__AVX2__)
+  const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  for (int i = 0; i < 2; ++i) {
+    __m256i part;
+    memcpy(&part, (const char*)&index + 32 * i, 32);
+    part = _mm256_shuffle_epi8(entries, part);
+    memcpy((char*)&index + 32 * i, &part, 32);
+  }
+  return index;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const uint8x16_t entries = vld1q_u8(table);
+  for (int i = 0; i < 4; ++i) {
+    uint8_t* part = (uint8_t*)&index + 16 * i;
+    vst1q_u8(part, vqtbl1q_u8(entries, vld1q_u8(part)));
+  }
+  return index;
+#else
+  for (int i = 0; i < 64; ++i) index[i] = table[index[i]];
+  return index;
+#endif
+}
+
 [[maybe_unused]] inline float half_to_float(uint16_t v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v);

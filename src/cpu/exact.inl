@@ -1,7 +1,9 @@
 // Stock MLX's quantised matrix-vector product on x86, bit for bit: it keeps one sum per row in the
-// activation dtype and rounds scale * q, + bias, * x and the sum itself, k ascending. The order in
-// k is the contract, so the sixteen lanes are sixteen rows.
-#include "cpu/dialect.h"
+// activation dtype, k ascending, and rounds every operation. The order in k is the contract, so the
+// sixteen lanes are sixteen rows.
+//   affine        sum += x * (scale * q + bias)
+//   mxfp4, nvfp4  group += x * e2m1(q), and for each group  sum += scale * group
+#include "cpu/formats.h"
 
 namespace moefuse::cpu {
 namespace {
@@ -23,54 +25,91 @@ inline float load_one(const void* p, int64_t i) {
   return value;
 }
 
-template <Dtype T, int kBits>
+// The sum over one group of sixteen rows: `first` has the group's place in the scales, row by row.
+template <Dtype T, int bits>
+struct AffineSum {
+  static constexpr int kBits = bits;
+  f32x16 scale, bias;
+  AffineSum(const QuantizedMatrix& w, const int64_t (&first)[kLanes]) {
+    for (int l = 0; l < kLanes; ++l) {
+      scale[l] = load_one<T>(w.scales, first[l]);
+      bias[l] = load_one<T>(w.biases, first[l]);
+    }
+  }
+  f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
+    const f32x16 q = __builtin_convertvector((i32x16)codes, f32x16);
+    return rounded<T>(sum + rounded<T>(x * rounded<T>(rounded<T>(scale * q) + bias)));
+  }
+  f32x16 finish(f32x16 sum) const { return sum; }
+};
+
+template <Dtype T, f32x16 (*kScale)(u32x16)>
+struct Fp4Sum {
+  static constexpr int kBits = 4;
+  f32x16 scale, group = {};
+  Fp4Sum(const QuantizedMatrix& w, const int64_t (&first)[kLanes]) {
+    u32x16 bytes;
+    for (int l = 0; l < kLanes; ++l) bytes[l] = ((const uint8_t*)w.scales)[first[l]];
+    scale = rounded<T>(kScale(bytes));
+  }
+  f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
+    group = rounded<T>(group + rounded<T>(x * permute(kE2m1, (i32x16)codes)));
+    return sum;
+  }
+  f32x16 finish(f32x16 sum) const { return rounded<T>(sum + rounded<T>(scale * group)); }
+};
+
+template <Dtype T, class GroupSum>
 f32x16 exact_rows(const QuantizedMatrix& w, const void* x, const int64_t (&row)[kLanes]) {
-  constexpr int per_word = 32 / kBits;
+  constexpr int kBits = GroupSum::kBits, per_word = 32 / kBits;
   const int words = w.cols / per_word, groups = w.cols / w.group_size;
-  f32x16 sum = {}, scale, bias;
+  f32x16 sum = {};
   u32x16 word;
   for (int g = 0; g < groups; ++g) {
-    for (int l = 0; l < kLanes; ++l) {
-      scale[l] = load_one<T>(w.scales, row[l] * groups + g);
-      bias[l] = load_one<T>(w.biases, row[l] * groups + g);
-    }
+    int64_t first[kLanes];
+    for (int l = 0; l < kLanes; ++l) first[l] = row[l] * groups + g;
+    GroupSum group(w, first);
     for (int j = g * w.group_size / per_word; j < (g + 1) * w.group_size / per_word; ++j) {
       for (int l = 0; l < kLanes; ++l) word[l] = w.weight[row[l] * words + j];
-      for (int p = 0; p < per_word; ++p, word >>= kBits) {
-        f32x16 q = __builtin_convertvector((i32x16)(word & ((1u << kBits) - 1)), f32x16);
-        f32x16 value = rounded<T>(rounded<T>(scale * q) + bias);
-        f32x16 product = rounded<T>(splat(load_one<T>(x, j * per_word + p)) * value);
-        sum = rounded<T>(sum + product);
-      }
+      for (int p = 0; p < per_word; ++p, word >>= kBits)
+        sum = group.add(sum, word & ((1u << kBits) - 1), splat(load_one<T>(x, j * per_word + p)));
     }
+    sum = group.finish(sum);
   }
   return sum;
 }
 
-template <Dtype T, int kBits>
-void exact_qmv_typed(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
+template <Dtype T, class GroupSum>
+void exact_qmv_rows(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
   for (int n = begin; n < end; n += kLanes) {
     const int count = end - n < kLanes ? end - n : kLanes;
     int64_t row[kLanes];  // past the end the last row again, not stored
     for (int l = 0; l < kLanes; ++l) row[l] = n + (l < count ? l : count - 1);
-    store_floats(y, T, n, count, exact_rows<T, kBits>(w, x, row));
+    store_floats(y, T, n, count, exact_rows<T, GroupSum>(w, x, row));
   }
 }
 
 template <Dtype T>
-void exact_qmv_bits(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
-  if (w.bits == 4) return exact_qmv_typed<T, 4>(w, x, y, begin, end);
-  exact_qmv_typed<T, 8>(w, x, y, begin, end);
+void exact_qmv_typed(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
+  switch (w.format) {
+    case Format::mxfp4:
+      return exact_qmv_rows<T, Fp4Sum<T, e8m0>>(w, x, y, begin, end);
+    case Format::nvfp4:
+      return exact_qmv_rows<T, Fp4Sum<T, e4m3>>(w, x, y, begin, end);
+    case Format::affine:
+      if (w.bits == 4) return exact_qmv_rows<T, AffineSum<T, 4>>(w, x, y, begin, end);
+      return exact_qmv_rows<T, AffineSum<T, 8>>(w, x, y, begin, end);
+  }
 }
 
 void exact_qmv(const QuantizedMatrix& w, const void* x, void* y, int begin, int end) {
   switch (w.dtype) {
     case Dtype::float32:
-      return exact_qmv_bits<Dtype::float32>(w, x, y, begin, end);
+      return exact_qmv_typed<Dtype::float32>(w, x, y, begin, end);
     case Dtype::float16:
-      return exact_qmv_bits<Dtype::float16>(w, x, y, begin, end);
+      return exact_qmv_typed<Dtype::float16>(w, x, y, begin, end);
     case Dtype::bfloat16:
-      return exact_qmv_bits<Dtype::bfloat16>(w, x, y, begin, end);
+      return exact_qmv_typed<Dtype::bfloat16>(w, x, y, begin, end);
   }
 }
 

@@ -5,7 +5,7 @@
 //   lanes += chunk_dot(lanes) * (scale of the lane's group)
 // and for each group  bias_lanes[g % 16] += bias[g] * (sum of x over the group),  both fused; at
 // the end of a row the lanes of both are added as a tree. That order depends on nothing but the
-// shape.
+// shape. What a code and a scale stand for is the format's (formats.h): W = s q + b for each.
 //
 // Cost on AVX-512 with VNNI, of a chunk of 4 bits and one vector: 11 vector operations (and, shift,
 // and, 4 dots, shift, convert, permute, fma) on two ports, 5.5 cycles for 64 bytes; reading them
@@ -23,14 +23,13 @@
 //
 // Dot::fma and Dot::separate. The activations stay fp32, the partial dot of a lane is a chain of
 // 32 / bits products: the same second term with u (C + G + 8 + 32 / bits), and no first.
-#include "cpu/dialect.h"
+#include "cpu/formats.h"
 
 namespace moefuse::cpu {
 namespace {
 
 constexpr int kChunk = 64;            // bytes of a row handled at once
 constexpr int kPrefetch = 64 * 128;   // bytes ahead, to the second cache; rows lie in a row
-constexpr int kPrefetchScales = 512;  // the same for scales and biases
 constexpr float kGridMax = 32639.0f;  // 127 * 256 + 127
 
 // Where the parts of a prepared vector are: planes, then step and sum for each group.
@@ -158,16 +157,18 @@ void prepare_bits(Dot dot, const void* x, Dtype dtype, int cols, int group_size,
 }
 
 // A chunk's weights, unpacked once and used for every vector: Grid keeps bytes, Float floats.
-template <int kBits>
+template <class C>
 struct Grid {
+  using Codes = C;
   static constexpr Dot kDot = Dot::grid;
+  static constexpr int kBits = Codes::kBits;
   u8x64 part[8 / kBits];
   explicit Grid(u8x64 w) {
     if constexpr (kBits == 8) {
-      part[0] = w;
+      part[0] = Codes::integers(w);
     } else {
-      part[0] = w & 15;
-      part[1] = (u8x64)((u32x16)w >> 4) & 15;
+      part[0] = Codes::integers(w & 15);
+      part[1] = Codes::integers((u8x64)((u32x16)w >> 4) & 15);
     }
   }
   f32x16 dot(const char* planes) const {
@@ -181,16 +182,15 @@ struct Grid {
   }
 };
 
-template <int kBits, bool kFused>
+template <class C, bool kFused>
 struct Float {
+  using Codes = C;
   static constexpr Dot kDot = kFused ? Dot::fma : Dot::separate;
+  static constexpr int kBits = Codes::kBits;
   f32x16 value[32 / kBits];
   explicit Float(u8x64 w) {
-    u32x16 words = (u32x16)w;
-    for (int j = 0; j < 32 / kBits; ++j) {
-      u32x16 q = words >> (j * kBits) & ((1u << kBits) - 1);
-      value[j] = __builtin_convertvector((i32x16)q, f32x16);
-    }
+    for (int j = 0; j < 32 / kBits; ++j)
+      value[j] = Codes::floats((u32x16)w >> (j * kBits) & ((1u << kBits) - 1));
   }
   f32x16 dot(const char* planes) const {
     f32x16 sum = value[0] * load<f32x16>(planes);
@@ -216,10 +216,10 @@ struct LaneGroups {
   }
 };
 
-template <int kBits>
-using Fused = Float<kBits, true>;
-template <int kBits>
-using Separate = Float<kBits, false>;
+template <class Codes>
+using Fused = Float<Codes, true>;
+template <class Codes>
+using Separate = Float<Codes, false>;
 
 // One row of W against kVectors prepared vectors. kLanesPerGroup = group_size * bits / 32.
 template <class Chunk, int kLanesPerGroup, int kVectors>
@@ -233,15 +233,12 @@ inline void qmv_row(const QuantizedMatrix& w, int row, const Layout& at, const c
   const char* planes = x;
   for (int g = 0; g < at.groups; g += kLanes) {
     const int n = at.groups - g < kLanes ? at.groups - g : kLanes;
-    __builtin_prefetch((const char*)w.scales + 2 * (first + g) + kPrefetchScales);
-    __builtin_prefetch((const char*)w.biases + 2 * (first + g) + kPrefetchScales);
-    const f32x16 scales = load_floats(w.scales, w.dtype, first + g, n);
-    const f32x16 biases = load_floats(w.biases, w.dtype, first + g, n);
+    const Groups groups = Chunk::Codes::groups(w, first + g, n);
     f32x16 scale[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const char* vector = x + v * x_stride;
-      scale[v] = scales * load<f32x16>(vector + at.steps() + 4 * g);
-      bias_sum[v] = fused(biases, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v]);
+      scale[v] = groups.scale * load<f32x16>(vector + at.steps() + 4 * g);
+      bias_sum[v] = fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v]);
     }
     LaneGroups<kLanesPerGroup> lane_groups;
     auto step = [&](u8x64 bytes) {
@@ -289,18 +286,20 @@ void prepare(Dot dot, const void* x, Dtype dtype, int cols, int group_size, int 
   prepare_bits<8>(dot, x, dtype, cols, group_size, out);
 }
 
-template <template <int> class Chunk>
+template <template <class> class Chunk>
 void qmv_shape(const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,
                int row_begin, int row_end) {
   auto run = [&](auto rows) { rows(w, x, vectors, y, y_stride, row_begin, row_end); };
+  if (w.format == Format::mxfp4) return run(qmv_rows<Chunk<Mxfp4Codes>, 4>);
+  if (w.format == Format::nvfp4) return run(qmv_rows<Chunk<Nvfp4Codes>, 2>);
   if (w.bits == 4) {
-    if (w.group_size == 32) return run(qmv_rows<Chunk<4>, 4>);
-    if (w.group_size == 64) return run(qmv_rows<Chunk<4>, 8>);
-    return run(qmv_rows<Chunk<4>, 16>);
+    if (w.group_size == 32) return run(qmv_rows<Chunk<AffineCodes<4>>, 4>);
+    if (w.group_size == 64) return run(qmv_rows<Chunk<AffineCodes<4>>, 8>);
+    return run(qmv_rows<Chunk<AffineCodes<4>>, 16>);
   }
-  if (w.group_size == 32) return run(qmv_rows<Chunk<8>, 8>);
-  if (w.group_size == 64) return run(qmv_rows<Chunk<8>, 16>);
-  return run(qmv_rows<Chunk<8>, 32>);
+  if (w.group_size == 32) return run(qmv_rows<Chunk<AffineCodes<8>>, 8>);
+  if (w.group_size == 64) return run(qmv_rows<Chunk<AffineCodes<8>>, 16>);
+  return run(qmv_rows<Chunk<AffineCodes<8>>, 32>);
 }
 
 void qmv(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,

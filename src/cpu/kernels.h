@@ -7,15 +7,22 @@ namespace moefuse::cpu {
 
 enum class Dtype : uint8_t { float32, float16, bfloat16 };
 
-// A matrix W [rows, cols] in MLX's affine layout: W[n, k] = scales[n, g] * q[n, k] + biases[n, g]
-// with g = k / group_size. Row n is cols * bits / 32 words; value i of a word sits at bit i * bits.
+// What the codes q and the scales of a matrix W [rows, cols] stand for, with g = k / group_size.
+enum class Format : uint8_t {
+  affine,  // W[n, k] = scales[n, g] * q[n, k] + biases[n, g]
+  mxfp4,   // 2^(scales[n, g] - 127) * e2m1(q[n, k]): groups of 32, a byte a scale
+  nvfp4    // e4m3(scales[n, g]) * e2m1(q[n, k]): groups of 16, a byte a scale
+};
+
+// As MLX lays it out: row n is cols * bits / 32 words; code i of a word sits at bit i * bits.
 struct QuantizedMatrix {
   const uint32_t* weight;
   const void* scales;
-  const void* biases;
-  Dtype dtype;  // of scales and biases
+  const void* biases;  // null unless affine
+  Dtype dtype;         // of the activations beside it, and of affine scales and biases
   int rows, cols;
   int group_size, bits;
+  Format format = Format::affine;
 };
 
 // How an fp32 mode multiplies. grid: activations on a 15-bit integer grid for each group, exact
@@ -50,7 +57,7 @@ struct Kernels {
   const char* isa;
 
   // y[row_begin, row_end) = W x as stock MLX's x86 CPU computes it: every product and every sum
-  // rounded to W.dtype, k ascending. x [cols] and y [rows] are of W.dtype. bits is 4 or 8.
+  // rounded to W.dtype, k ascending. x [cols] and y [rows] are of W.dtype.
   void (*exact_qmv)(const QuantizedMatrix& w, const void* x, void* y, int row_begin, int row_end);
 
   // out = silu(gate) * up over n values of dtype, in stock MLX's steps of dtype. May be in place.

@@ -125,10 +125,12 @@ Vectors sorted_vectors(const Arithmetic& a, const QuantizedMatrix& w, Dtype dtyp
 
 QuantizedMatrix ExpertStack::expert(int64_t e) const {
   QuantizedMatrix w = first;
-  const int64_t groups = int64_t(w.rows) * (w.cols / w.group_size) * itemsize(w.dtype);
+  const bool affine = w.format == Format::affine;
+  const int64_t size = affine ? itemsize(w.dtype) : 1;
+  const int64_t groups = int64_t(w.rows) * (w.cols / w.group_size) * size;
   w.weight += e * w.rows * (int64_t(w.cols) * w.bits / 32);
   w.scales = static_cast<const char*>(w.scales) + e * groups;
-  w.biases = static_cast<const char*>(w.biases) + e * groups;
+  if (affine) w.biases = static_cast<const char*>(w.biases) + e * groups;
   return w;
 }
 

@@ -27,7 +27,7 @@ mx::array as(const mx::array& a, mx::Dtype dtype, mx::StreamOrDevice s) {
 }
 
 void append(std::vector<mx::array>& inputs, const QuantizedExperts& w) {
-  inputs.insert(inputs.end(), {w.weight, w.scales, w.biases});
+  inputs.insert(inputs.end(), {w.weight, w.scales, *w.biases});
 }
 
 // The batch of an operand in order: gather_qmm's default where no indices are given.
@@ -61,6 +61,7 @@ std::string experts_refusal(const mx::array& x, const std::vector<QuantizedExper
                             int k) {
   if (x.size() == 0 || k == 0) return "no rows";
   for (const auto& experts : stacks) {
+    if (!experts.biases) return "fp4 weights";
     // Fewer than 8 elements come in constant memory, which the vector loads do not read; offsets
     // are 32 bits wide.
     if (experts.weight.size() < 8 || experts.scales.size() < 8) return "fewer than 8 weights";

@@ -24,6 +24,8 @@ const mx::array& readable(const std::string& name, const mx::array& a) {
 WeightReader::WeightReader(const Model& model) : model_(model), dtype_(mx::float32) {
   const std::string scales = "model.embed_tokens.scales";
   if (!has(scales)) fail(kWhere, scales, "affine-quantised weights", "no such tensor");
+  if (!has("model.embed_tokens.biases"))
+    fail(kWhere, "model.embed_tokens", "affine quantisation (weight, scales, biases)", "no biases");
   check_float(kWhere, scales, tensor(scales));
   dtype_ = tensor(scales).dtype();
 }

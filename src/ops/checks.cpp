@@ -56,11 +56,48 @@ void check_quantization(const std::string& op, int group_size, int bits, const s
     fail(op, of + "group_size", "32, 64 or 128", std::to_string(group_size));
 }
 
+namespace {
+
+template <class Enum, size_t n>
+Enum named(const std::string& op, const std::string& what, const std::string& name,
+           const std::pair<const char*, Enum> (&choices)[n]) {
+  std::string all;
+  for (auto& [text, value] : choices) {
+    if (name == text) return value;
+    all += (all.empty() ? "'" : ", '") + std::string(text) + "'";
+  }
+  fail(op, what, "one of " + all, "'" + name + "'");
+}
+
+}  // namespace
+
+Quantization::Quantization(const std::string& op, const std::string& mode, int group_size, int bits)
+    : format(named<cpu::Format>(op, "mode", mode,
+                                {{"affine", cpu::Format::affine},
+                                 {"mxfp4", cpu::Format::mxfp4},
+                                 {"nvfp4", cpu::Format::nvfp4}})),
+      group_size(group_size),
+      bits(bits) {
+  if (format == cpu::Format::affine) {
+    check_quantization(op, group_size, bits);
+    return;
+  }
+  const int groups = format == cpu::Format::mxfp4 ? 32 : 16;
+  if (bits != 4) fail(op, "bits", "4 for " + mode, std::to_string(bits));
+  if (group_size != groups)
+    fail(op, "group_size", std::to_string(groups) + " for " + mode, std::to_string(group_size));
+}
+
 ExpertShape check_experts(const std::string& op, const std::string& what, const QuantizedExperts& w,
-                          mx::Dtype dtype, int group_size, int bits) {
+                          mx::Dtype dtype, const Quantization& quantization) {
+  const int group_size = quantization.group_size, bits = quantization.bits;
+  const bool affine = quantization.format == cpu::Format::affine;
   check_dtype(op, what + ".weight", w.weight, mx::uint32);
-  check_dtype(op, what + ".scales", w.scales, dtype);
-  check_dtype(op, what + ".biases", w.biases, dtype);
+  check_dtype(op, what + ".scales", w.scales, affine ? dtype : mx::uint8);
+  if (affine != w.biases.has_value())
+    fail(op, what + ".biases", affine ? "an array in mode 'affine'" : "none in an fp4 mode",
+         affine ? "none" : describe(w.biases->shape()));
+  if (affine) check_dtype(op, what + ".biases", *w.biases, dtype);
   if (w.weight.ndim() != 3)
     fail(op, what + ".weight", "rank 3 [experts, N, words]", describe(w.weight.shape()));
   const int experts = w.weight.shape(0), rows = w.weight.shape(1);
@@ -70,7 +107,7 @@ ExpertShape check_experts(const std::string& op, const std::string& what, const 
          "K " + std::to_string(cols) + " at " + std::to_string(bits) + " bits");
   const mx::Shape groups = {experts, rows, cols / group_size};
   check_shape(op, what + ".scales", w.scales, groups);
-  check_shape(op, what + ".biases", w.biases, groups);
+  if (affine) check_shape(op, what + ".biases", *w.biases, groups);
   return {experts, rows, cols};
 }
 
@@ -84,12 +121,22 @@ cpu::Dtype cpu_dtype(mx::Dtype dtype) {
   return dtype == mx::float16 ? cpu::Dtype::float16 : cpu::Dtype::bfloat16;
 }
 
-cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int at, int group_size,
-                              int bits) {
-  auto &weight = inputs[at], &scales = inputs[at + 1], &biases = inputs[at + 2];
+void append_experts(std::vector<mx::array>& inputs, const QuantizedExperts& w,
+                    mx::StreamOrDevice s) {
+  inputs.push_back(row_contiguous(w.weight, s));
+  inputs.push_back(row_contiguous(w.scales, s));
+  if (w.biases) inputs.push_back(row_contiguous(*w.biases, s));
+}
+
+cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int first, int i,
+                              const Quantization& quantization, mx::Dtype dtype) {
+  const auto [format, group_size, bits] = quantization;
+  const bool affine = format == cpu::Format::affine;
+  const mx::array* part = &inputs[first + i * (affine ? 3 : 2)];
+  const mx::array& weight = part[0];
   return {
-      {weight.data<uint32_t>(), scales.data<char>(), biases.data<char>(), cpu_dtype(scales.dtype()),
-       weight.shape(1), weight.shape(2) * (32 / bits), group_size, bits},
+      {weight.data<uint32_t>(), part[1].data<char>(), affine ? part[2].data<char>() : nullptr,
+       cpu_dtype(dtype), weight.shape(1), weight.shape(2) * (32 / bits), group_size, bits, format},
       weight.shape(0)};
 }
 
@@ -136,33 +183,20 @@ std::string cpu_isa() {
   return cpu::kernels().isa;
 }
 
-namespace {
-template <class Enum, size_t n>
-Enum named(const std::string& what, const std::string& name,
-           const std::pair<const char*, Enum> (&choices)[n]) {
-  std::string all;
-  for (auto& [text, value] : choices) {
-    if (name == text) return value;
-    all += (all.empty() ? "'" : ", '") + std::string(text) + "'";
-  }
-  fail("moefuse", what, "one of " + all, "'" + name + "'");
-}
-}  // namespace
-
 Accumulate accumulate_from(const std::string& name) {
-  return named<Accumulate>("accumulate", name,
+  return named<Accumulate>("moefuse", "accumulate", name,
                            {{"exact", Accumulate::exact},
                             {"fp32_no_fma", Accumulate::fp32_no_fma},
                             {"fp32", Accumulate::fp32}});
 }
 
 Scoring scoring_from(const std::string& name) {
-  return named<Scoring>("scoring", name,
+  return named<Scoring>("moefuse", "scoring", name,
                         {{"softmax", Scoring::softmax}, {"sigmoid", Scoring::sigmoid}});
 }
 
 RouterMode router_mode_from(const std::string& name) {
-  return named<RouterMode>("mode", name,
+  return named<RouterMode>("moefuse", "mode", name,
                            {{"exact", RouterMode::exact}, {"logits", RouterMode::logits}});
 }
 

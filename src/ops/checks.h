@@ -30,19 +30,33 @@ void check_integer(const std::string& op, const std::string& what, const mx::arr
 void check_quantization(const std::string& op, int group_size, int bits,
                         const std::string& of = "");
 
+// How expert stacks are quantised, from what a caller says.
+struct Quantization {
+  cpu::Format format;
+  int group_size, bits;
+
+  // Throws on an unknown mode, and on bits and group_size that the mode does not have.
+  Quantization(const std::string& op, const std::string& mode, int group_size, int bits);
+  bool operator==(const Quantization&) const = default;
+};
+
 // One expert stack [experts, rows, cols] in x's dtype: throws when a tensor contradicts the others.
 struct ExpertShape {
   int experts, rows, cols;
 };
 ExpertShape check_experts(const std::string& op, const std::string& what, const QuantizedExperts& w,
-                          mx::Dtype dtype, int group_size, int bits);
+                          mx::Dtype dtype, const Quantization& quantization);
 
 // The array itself where it is known to be row contiguous, else a node that makes it so.
 mx::array row_contiguous(const mx::array& a, mx::StreamOrDevice s);
 
-// inputs[at .. at + 3) as a stack of experts; they are evaluated and row contiguous.
-cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int at, int group_size,
-                              int bits);
+// Appends w's arrays to a primitive's inputs, row contiguous.
+void append_experts(std::vector<mx::array>& inputs, const QuantizedExperts& w,
+                    mx::StreamOrDevice s);
+// The i-th stack among those that begin at inputs[first], for activations of dtype. All are
+// evaluated.
+cpu::ExpertStack expert_stack(const std::vector<mx::array>& inputs, int first, int i,
+                              const Quantization& quantization, mx::Dtype dtype);
 cpu::Dtype cpu_dtype(mx::Dtype dtype);
 cpu::Arithmetic cpu_arithmetic(Accumulate accumulate, mx::Dtype dtype);
 

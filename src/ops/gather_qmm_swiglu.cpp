@@ -14,16 +14,16 @@ constexpr const char* kOp = "gather_qmm_swiglu";
 
 class GatherQmmSwiglu : public mx::UnaryPrimitive {
  public:
-  GatherQmmSwiglu(mx::Stream s, Accumulate accumulate, int group_size, int bits)
-      : UnaryPrimitive(s), accumulate_(accumulate), group_size_(group_size), bits_(bits) {}
+  GatherQmmSwiglu(mx::Stream s, Accumulate accumulate, const Quantization& quantization)
+      : UnaryPrimitive(s), accumulate_(accumulate), quantization_(quantization) {}
 
-  // inputs: x [matrices, M, K], lhs and rhs indices [batches], then weight, scales and biases of
-  // gate and up.
+  // inputs: x [matrices, M, K], lhs and rhs indices [batches], then the stacks gate and up.
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     count(kOp, to_string(accumulate_));
-    const cpu::GatherSwigluArgs args = {.gate = expert_stack(inputs, 3, group_size_, bits_),
-                                        .up = expert_stack(inputs, 6, group_size_, bits_),
+    auto stack = [&](int i) { return expert_stack(inputs, 3, i, quantization_, out.dtype()); };
+    const cpu::GatherSwigluArgs args = {.gate = stack(0),
+                                        .up = stack(1),
                                         .arithmetic = cpu_arithmetic(accumulate_, out.dtype()),
                                         .dtype = cpu_dtype(out.dtype()),
                                         .x = inputs[0].data<char>(),
@@ -46,13 +46,13 @@ class GatherQmmSwiglu : public mx::UnaryPrimitive {
 
   bool is_equivalent(const Primitive& other) const override {
     auto& o = static_cast<const GatherQmmSwiglu&>(other);
-    return accumulate_ == o.accumulate_ && group_size_ == o.group_size_ && bits_ == o.bits_;
+    return accumulate_ == o.accumulate_ && quantization_ == o.quantization_;
   }
   DEFINE_NAME(GatherQmmSwiglu)
 
  private:
   Accumulate accumulate_;
-  int group_size_, bits_;
+  Quantization quantization_;
 };
 
 // The batch of an operand in order, the default of gather_qmm where no indices are given.
@@ -72,13 +72,12 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
                             const std::optional<mx::array>& rhs_indices, bool transpose,
                             int group_size, int bits, const std::string& mode,
                             Accumulate accumulate, mx::StreamOrDevice s) {
-  check_quantization(kOp, group_size, bits);
+  const Quantization quantization(kOp, mode, group_size, bits);
   check_float(kOp, "x", x);
-  if (mode != "affine") fail(kOp, "mode", "'affine'", "'" + mode + "'");
   if (!transpose) fail(kOp, "transpose", "true", "false");
   if (x.ndim() < 2) fail(kOp, "x", "rank 2 or more, [..., M, K]", describe(x.shape()));
-  const auto g = check_experts(kOp, "gate", gate, x.dtype(), group_size, bits);
-  const auto u = check_experts(kOp, "up", up, x.dtype(), group_size, bits);
+  const auto g = check_experts(kOp, "gate", gate, x.dtype(), quantization);
+  const auto u = check_experts(kOp, "up", up, x.dtype(), quantization);
   if (u.experts != g.experts || u.rows != g.rows || u.cols != g.cols)
     fail(kOp, "up", "gate's geometry " + describe(gate.weight.shape()),
          describe(up.weight.shape()));
@@ -109,13 +108,13 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
   auto flat = [&](const mx::array& a) {
     return row_contiguous(mx::reshape(mx::astype(a, mx::uint32, s), {-1}, s), s);
   };
-  return mx::array(
-      shape, x.dtype(),
-      std::make_shared<GatherQmmSwiglu>(mx::to_stream(s), accumulate, group_size, bits),
-      {row_contiguous(mx::reshape(x, {-1, m, g.cols}, s), s), flat(pair[0]), flat(pair[1]),
-       row_contiguous(gate.weight, s), row_contiguous(gate.scales, s),
-       row_contiguous(gate.biases, s), row_contiguous(up.weight, s), row_contiguous(up.scales, s),
-       row_contiguous(up.biases, s)});
+  std::vector<mx::array> inputs = {row_contiguous(mx::reshape(x, {-1, m, g.cols}, s), s),
+                                   flat(pair[0]), flat(pair[1])};
+  append_experts(inputs, gate, s);
+  append_experts(inputs, up, s);
+  return mx::array(shape, x.dtype(),
+                   std::make_shared<GatherQmmSwiglu>(mx::to_stream(s), accumulate, quantization),
+                   std::move(inputs));
 }
 
 }  // namespace moefuse

@@ -16,7 +16,7 @@ constexpr const char* kOp = "moe_gather_qmm_swiglu_downproj_combine";
 struct Setup {
   Accumulate accumulate;
   bool promoted;  // weights are float32 beside half activations: exact combines in fp32
-  int group_size, bits;
+  Quantization quantization;
   bool operator==(const Setup&) const = default;
 };
 
@@ -30,14 +30,17 @@ class MoeExperts : public mx::UnaryPrimitive {
  public:
   MoeExperts(mx::Stream s, Setup setup) : UnaryPrimitive(s), setup_(setup) {}
 
-  // inputs: x, indices, weights, then weight, scales, biases of gate, up and down.
+  // inputs: x, indices, weights, then the stacks gate, up and down.
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     count(kOp, to_string(setup_.accumulate));
-    const int group_size = setup_.group_size, bits = setup_.bits, k = inputs[1].shape(-1);
-    const cpu::ExpertsArgs args = {.gate = expert_stack(inputs, 3, group_size, bits),
-                                   .up = expert_stack(inputs, 6, group_size, bits),
-                                   .down = expert_stack(inputs, 9, group_size, bits),
+    const int k = inputs[1].shape(-1);
+    auto stack = [&](int i) {
+      return expert_stack(inputs, 3, i, setup_.quantization, out.dtype());
+    };
+    const cpu::ExpertsArgs args = {.gate = stack(0),
+                                   .up = stack(1),
+                                   .down = stack(2),
                                    .arithmetic = cpu_arithmetic(setup_.accumulate, out.dtype()),
                                    .combine = combine_steps(setup_),
                                    .dtype = cpu_dtype(out.dtype()),
@@ -67,10 +70,10 @@ class MoeExperts : public mx::UnaryPrimitive {
 };
 
 void check_geometry(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
-                    const QuantizedExperts& down, int group_size, int bits) {
-  const auto g = check_experts(kOp, "gate", gate, x.dtype(), group_size, bits);
-  const auto u = check_experts(kOp, "up", up, x.dtype(), group_size, bits);
-  const auto d = check_experts(kOp, "down", down, x.dtype(), group_size, bits);
+                    const QuantizedExperts& down, const Quantization& quantization) {
+  const auto g = check_experts(kOp, "gate", gate, x.dtype(), quantization);
+  const auto u = check_experts(kOp, "up", up, x.dtype(), quantization);
+  const auto d = check_experts(kOp, "down", down, x.dtype(), quantization);
   auto shape = [](const ExpertShape& e) { return mx::Shape{e.experts, e.rows, e.cols}; };
   if (x.shape(-1) != g.cols)
     fail(kOp, "x", "a last axis of gate's K " + std::to_string(g.cols), describe(x.shape()));
@@ -89,13 +92,13 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
                                                  const QuantizedExperts& down,
                                                  const mx::array& indices, const mx::array& weights,
                                                  Accumulate accumulate, int group_size, int bits,
-                                                 mx::StreamOrDevice s) {
-  check_quantization(kOp, group_size, bits);
+                                                 const std::string& mode, mx::StreamOrDevice s) {
+  const Quantization quantization(kOp, mode, group_size, bits);
   check_float(kOp, "x", x);
   check_float(kOp, "weights", weights);
   check_integer(kOp, "indices", indices);
   if (x.ndim() < 1) fail(kOp, "x", "rank 1 or more, [..., H]", describe(x.shape()));
-  check_geometry(x, gate, up, down, group_size, bits);
+  check_geometry(x, gate, up, down, quantization);
   auto shape = x.shape();
   const int k = indices.ndim() ? indices.shape(-1) : 0;
   if (k < 1 || k > kMaxTopK)
@@ -106,7 +109,8 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
   check_shape(kOp, "weights", weights, shape);
   const Path path = choose_path(kOp, s, metal::experts_refusal(x, {gate, up, down}, k));
   if (path == Path::stock)
-    return stock::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
+    return stock::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits,
+                              mode, s);
   if (path == Path::metal) {
     count(kOp, to_string(accumulate));
     return metal::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
@@ -114,13 +118,11 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
 
   check_known_indices(kOp, indices, gate.weight.shape(0));
   shape.back() = down.weight.shape(1);
-  const Setup setup = {accumulate, weights.dtype() != x.dtype(), group_size, bits};
+  const Setup setup = {accumulate, weights.dtype() != x.dtype(), quantization};
   std::vector<mx::array> inputs = {row_contiguous(x, s),
                                    row_contiguous(mx::astype(indices, mx::uint32, s), s),
                                    row_contiguous(mx::astype(weights, mx::float32, s), s)};
-  for (const auto* w : {&gate, &up, &down})
-    for (const auto* a : {&w->weight, &w->scales, &w->biases})
-      inputs.push_back(row_contiguous(*a, s));
+  for (const auto* w : {&gate, &up, &down}) append_experts(inputs, *w, s);
   return mx::array(shape, x.dtype(), std::make_shared<MoeExperts>(mx::to_stream(s), setup),
                    std::move(inputs));
 }

@@ -81,11 +81,11 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
 mx::array moe_experts(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
                       const QuantizedExperts& down, const mx::array& indices,
                       const mx::array& weights, Accumulate accumulate, int group_size, int bits,
-                      mx::StreamOrDevice s) {
+                      const std::string& mode, mx::StreamOrDevice s) {
   auto h = stock::gather_qmm_swiglu(mx::expand_dims(x, {-2, -3}, s), gate, up, std::nullopt,
-                                    indices, true, group_size, bits, "affine", s);
+                                    indices, true, group_size, bits, mode, s);
   auto y = mx::gather_qmm(h, down.weight, down.scales, down.biases, std::nullopt, indices, true,
-                          group_size, bits, "affine", std::nullopt, false, s);
+                          group_size, bits, mode, std::nullopt, false, s);
   return stock::moe_combine(mx::squeeze(y, -2, s), weights, accumulate, s);
 }
 

@@ -20,6 +20,6 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
 mx::array moe_experts(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
                       const QuantizedExperts& down, const mx::array& indices,
                       const mx::array& weights, Accumulate accumulate, int group_size, int bits,
-                      mx::StreamOrDevice s = {});
+                      const std::string& mode = "affine", mx::StreamOrDevice s = {});
 
 }  // namespace moefuse::stock

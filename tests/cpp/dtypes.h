@@ -1,4 +1,5 @@
-// Elements of the three dtypes as doubles, decoded apart from the kernels' own conversions.
+// Elements of the three dtypes and of the fp4 formats as doubles, decoded apart from the kernels'
+// own conversions.
 #pragma once
 
 #include <cmath>
@@ -23,6 +24,21 @@ inline double decode(Dtype dtype, const void* p, int64_t i) {
   const double size =
       exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
   return bits & 0x8000 ? -size : size;
+}
+
+// A code of mxfp4 and nvfp4, and the scales of each.
+inline double e2m1(unsigned code) {
+  const int exponent = code >> 1 & 3, mantissa = code & 1;
+  const double size = exponent ? std::ldexp(2 + mantissa, exponent - 2) : mantissa / 2.0;
+  return code & 8 ? -size : size;
+}
+inline double e8m0(unsigned byte) {
+  return std::ldexp(1, int(byte) - 127);
+}
+inline double e4m3(unsigned byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return byte & 128 ? -size : size;
 }
 
 // Truncates: only the stored value counts, and it is what the oracle reads.

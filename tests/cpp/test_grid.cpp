@@ -22,6 +22,7 @@ struct Case {
   Dtype dtype;
   int vectors;
   double spread = 1;  // x has magnitudes from 1/spread to spread
+  Format format = Format::affine;
 };
 
 struct Problem {
@@ -36,6 +37,11 @@ struct Problem {
     weight.resize(size_t(c.rows) * c.cols * c.bits / 32);
     for (auto& word : weight) word = random();
     for (int i = 0; i < c.rows * c.cols / c.group_size; ++i) {
+      if (c.format != Format::affine) {  // e8m0 from 2^-12 to 2^3; any e4m3 but NaN
+        const unsigned byte = random() % 254;
+        scales.push_back(c.format == Format::mxfp4 ? 115 + byte % 16 : byte + (byte > 126));
+        continue;
+      }
       const double scale = 0.01 * normal(random);
       encode(c.dtype, scales, scale);
       encode(c.dtype, biases, -scale * (1 << (c.bits - 1)) + 0.001 * normal(random));
@@ -44,14 +50,29 @@ struct Problem {
       encode(c.dtype, x, normal(random) * std::pow(c.spread, power(random)));
   }
   QuantizedMatrix matrix() const {
-    return {weight.data(), scales.data(), biases.data(), c.dtype,
-            c.rows,        c.cols,        c.group_size,  c.bits};
+    return {weight.data(), scales.data(), biases.data(), c.dtype, c.rows,
+            c.cols,        c.group_size,  c.bits,        c.format};
   }
   int64_t x_bytes() const { return int64_t(c.cols) * (c.dtype == Dtype::float32 ? 4 : 2); }
-  double q(int row, int k) const {
+  unsigned q(int row, int k) const {
     const int per_word = 32 / c.bits;
     const uint32_t word = weight[(size_t(row) * c.cols + k) / per_word];
     return word >> k % per_word * c.bits & ((1u << c.bits) - 1);
+  }
+  // The weight's true value, and |scale q| + |bias| of the affine form that the kernels take.
+  struct Weight {
+    double value, size;
+  };
+  Weight at(int row, int k) const {
+    const int64_t group = int64_t(row) * (c.cols / c.group_size) + k / c.group_size;
+    if (c.format != Format::affine) {
+      const unsigned byte = scales[group];
+      const double scale = c.format == Format::mxfp4 ? e8m0(byte) : e4m3(byte), v = e2m1(q(row, k));
+      return {scale * v, std::fabs(scale) * (v + 6 + 6)};
+    }
+    const double scale = decode(c.dtype, scales.data(), group) * q(row, k);
+    const double bias = decode(c.dtype, biases.data(), group);
+    return {scale + bias, std::fabs(scale) + std::fabs(bias)};
   }
 };
 
@@ -92,16 +113,13 @@ Truth oracle(const Problem& p, Dot dot, int v, int row) {
   Truth t{};
   double grid = 0, sizes = 0;
   for (int g = 0; g < groups; ++g) {
-    const int64_t at = int64_t(row) * groups + g;
-    const double scale = decode(c.dtype, p.scales.data(), at);
-    const double bias = decode(c.dtype, p.biases.data(), at);
     const double step = dot == Dot::grid ? grid_step(p, v, g) : 0;
     for (int k = g * c.group_size; k < (g + 1) * c.group_size; ++k) {
       const double x = decode(c.dtype, p.x.data() + v * p.x_bytes(), k);
-      const double w = scale * p.q(row, k) + bias;
-      t.value += w * x;
-      grid += std::fabs(w) * step / 2;
-      sizes += (std::fabs(scale) * p.q(row, k) + std::fabs(bias)) * (std::fabs(x) + step / 2);
+      const Problem::Weight w = p.at(row, k);
+      t.value += w.value * x;
+      grid += std::fabs(w.value) * step / 2;
+      sizes += w.size * (std::fabs(x) + step / 2);
     }
   }
   const int roundings = chunks + (groups + 15) / 16 + 8 + (dot == Dot::grid ? 0 : 32 / c.bits);
@@ -130,6 +148,13 @@ std::vector<Case> cases() {
     for (int group : {32, 64, 128})
       for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
         for (int groups : {1, 3, 16, 19}) all.push_back({5, group * groups, group, bits, dtype, 3});
+  for (Format format : {Format::mxfp4, Format::nvfp4}) {
+    const int group = format == Format::mxfp4 ? 32 : 16;
+    for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
+      for (int groups : {1, 3, 16, 19, 48})
+        all.push_back({5, group * groups, group, 4, dtype, 3, 1, format});
+    all.push_back({33, 768, group, 4, Dtype::bfloat16, 7, 1e6, format});
+  }
   all.push_back({64, 2048, 64, 4, Dtype::bfloat16, 1});
   all.push_back({64, 2048, 64, 4, Dtype::bfloat16, 8, 1e6});
   all.push_back({33, 768, 64, 8, Dtype::float32, 7, 1e12});
@@ -145,7 +170,7 @@ TEST(Qmv, StaysInsideTheBoundOfTheOracle) {
       const Problem p(c, 17 + c.cols);
       EXPECT_EQ(outside(p, dot, run(kernels(), dot, p, 0, c.rows)), 0)
           << "bits " << c.bits << " group " << c.group_size << " cols " << c.cols << " dtype "
-          << int(c.dtype) << " dot " << int(dot);
+          << int(c.dtype) << " dot " << int(dot) << " format " << int(c.format);
     }
 }
 
@@ -156,7 +181,8 @@ TEST(Qmv, EveryInstructionSetGivesTheBitsOfPlain) {
       const auto plain = run(kKernels_plain, dot, p, 0, c.rows);
       for (const Kernels* table : available_kernels())
         EXPECT_TRUE(same_bits(run(*table, dot, p, 0, c.rows), plain))
-            << table->isa << " bits " << c.bits << " group " << c.group_size << " cols " << c.cols;
+            << table->isa << " bits " << c.bits << " group " << c.group_size << " cols " << c.cols
+            << " format " << int(c.format);
     }
 }
 
@@ -196,6 +222,30 @@ TEST(Qmv, ExtremesStayExact) {
     EXPECT_EQ(outside(p, Dot::grid, run(kernels(), Dot::grid, p, 0, 3)), 0);
     std::fill(p.x.begin(), p.x.end(), 0);
     for (float y : run(kernels(), Dot::grid, p, 0, 3)) EXPECT_EQ(y, 0);
+  }
+}
+
+// One code after another under one scale after another: each byte that is no NaN and whose products
+// with the integers of formats.h do not overflow.
+TEST(Qmv, EveryFp4CodeAndScaleIsRead) {
+  for (Format format : {Format::mxfp4, Format::nvfp4}) {
+    const int group = format == Format::mxfp4 ? 32 : 16;
+    Problem p({256, group, group, 4, Dtype::bfloat16, 1, 1, format}, 1);
+    for (size_t i = 0; i < p.weight.size(); ++i) p.weight[i] = i % 2 ? 0xfedcba98 : 0x76543210;
+    for (int row = 0; row < 256; ++row) p.scales[row] = row;
+    for (int k = 0; k < group; ++k) {  // x picks one column
+      p.x.clear();
+      for (int i = 0; i < group; ++i) encode(Dtype::bfloat16, p.x, i == k);
+      for (Dot dot : kDots) {
+        const auto y = run(kernels(), dot, p, 0, 256);
+        for (int row = 0; row < 256; ++row) {
+          const bool edge = format == Format::mxfp4 ? row > 251 : row % 128 == 127;
+          if (!edge) {
+            EXPECT_EQ(y[row], p.at(row, k).value) << row << " " << k;
+          }
+        }
+      }
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "dtypes.h"
 #include "mlx/mlx.h"
 #include "moefuse/ops.h"
 
@@ -21,14 +22,19 @@ struct Bounded {
   double value = 0, bound = 0;
 };
 
-struct Matrix {  // one stack of experts, read back from MLX as doubles
+// One stack of experts, read back from MLX in the form W = scale * q + bias. That of the fp4 modes
+// is the kernels': scale * e2m1 = scale / 2 * (2 * e2m1 + 12) - 6 * scale.
+struct Matrix {
   std::vector<uint32_t> words;
   std::vector<float> scales, biases;
   int rows, cols, group_size, bits;
+  bool fp4;
 
   double q(int64_t row, int k) const {
     const int per_word = 32 / bits;
-    return words[(row * cols + k) / per_word] >> (k % per_word * bits) & ((1u << bits) - 1);
+    const auto code =
+        words[(row * cols + k) / per_word] >> (k % per_word * bits) & ((1u << bits) - 1);
+    return fp4 ? 2 * cpu::e2m1(code) + 12 : code;
   }
 };
 
@@ -45,11 +51,12 @@ std::vector<float> floats(const mx::array& a) {
 struct Problem {
   mx::Dtype dtype;
   int rows, experts, k, hidden, width, group_size, bits;
+  std::string mode;
   mx::array x, indices, weights;
   QuantizedExperts gate, up, down;
 
   Problem(mx::Dtype dtype, int rows, int experts, int k, int hidden, int width, int group_size,
-          int bits, uint64_t seed)
+          int bits, uint64_t seed, const std::string& mode = "affine")
       : dtype(dtype),
         rows(rows),
         experts(experts),
@@ -58,6 +65,7 @@ struct Problem {
         width(width),
         group_size(group_size),
         bits(bits),
+        mode(mode),
         x(mx::astype(mx::random::normal({rows, hidden}, mx::float32, 0, 1, mx::random::key(seed)),
                      dtype)),
         indices(mx::random::randint(0, experts, {rows, k}, mx::uint32, mx::random::key(seed + 1))),
@@ -70,22 +78,29 @@ struct Problem {
 
   QuantizedExperts stack(int n, int cols, uint64_t seed) const {
     auto w = mx::random::normal({experts, n, cols}, mx::float32, 0, 0.05, mx::random::key(seed));
-    auto q = mx::quantize(mx::astype(w, dtype), group_size, bits);
+    auto q = mx::quantize(mx::astype(w, dtype), group_size, bits, mode);
     mx::eval(q);
+    if (mode != "affine") return {q[0], q[1]};
     return {q[0], q[1], q[2]};
   }
   Matrix matrix(const QuantizedExperts& w) const {
-    return {read<uint32_t>(w.weight, mx::uint32),
-            floats(w.scales),
-            floats(w.biases),
-            w.weight.shape(1),
-            w.weight.shape(2) * 32 / bits,
-            group_size,
-            bits};
+    Matrix m = {read<uint32_t>(w.weight, mx::uint32), {},         {},   w.weight.shape(1),
+                w.weight.shape(2) * 32 / bits,        group_size, bits, mode != "affine"};
+    m.scales = floats(w.scales);
+    if (!m.fp4) {
+      m.biases = floats(*w.biases);
+      return m;
+    }
+    for (float& scale : m.scales) {
+      const double value = mode == "mxfp4" ? cpu::e8m0(scale) : cpu::e4m3(scale);
+      m.biases.push_back(-6 * value);
+      scale = value / 2;
+    }
+    return m;
   }
   mx::array run(Accumulate accumulate) const {
     return moe_gather_qmm_swiglu_downproj_combine(x, gate, up, down, indices, weights, accumulate,
-                                                  group_size, bits);
+                                                  group_size, bits, mode);
   }
 };
 
@@ -190,14 +205,17 @@ TEST_P(Experts, LieInsideTheBoundOfTheOracle) {
   const auto [dtype, accumulate] = GetParam();
   struct Shape {
     int rows, experts, k, hidden, width, group_size, bits;
+    const char* mode = "affine";
   };
   for (const Shape& s : {Shape{1, 8, 8, 128, 64, 64, 4}, Shape{3, 4, 2, 192, 96, 32, 4},
                          Shape{8, 5, 3, 128, 128, 128, 4}, Shape{2, 6, 4, 64, 192, 64, 8},
-                         Shape{1, 16, 16, 96, 32, 32, 8}}) {
-    Problem p(dtype, s.rows, s.experts, s.k, s.hidden, s.width, s.group_size, s.bits, 7);
+                         Shape{1, 16, 16, 96, 32, 32, 8}, Shape{2, 6, 4, 160, 96, 32, 4, "mxfp4"},
+                         Shape{2, 6, 4, 160, 96, 16, 4, "nvfp4"}}) {
+    Problem p(dtype, s.rows, s.experts, s.k, s.hidden, s.width, s.group_size, s.bits, 7, s.mode);
     const auto truth = oracle(p);
     EXPECT_EQ(outside(truth, floats(p.run(accumulate))), 0)
-        << s.hidden << "x" << s.width << " group " << s.group_size << " bits " << s.bits;
+        << s.hidden << "x" << s.width << " group " << s.group_size << " bits " << s.bits << " "
+        << s.mode;
     EXPECT_LT(median_relative_bound(truth), dtype == mx::float32 ? 0.01 : 0.05);
   }
 }
@@ -308,6 +326,12 @@ TEST(Errors, NameTheTensorWhatWasExpectedAndWhatCame) {
             }),
             op + "weights: expected shape [2, 4], got [2, 3]");
   EXPECT_EQ(broken([](Problem& q) { q.bits = 3; }), op + "bits: expected 4 or 8, got 3");
+  EXPECT_EQ(broken([](Problem& q) { q.mode = "mxfp8"; }),
+            op + "mode: expected one of 'affine', 'mxfp4', 'nvfp4', got 'mxfp8'");
+  EXPECT_EQ(broken([](Problem& q) { q.mode = "mxfp4"; }),
+            op + "group_size: expected 32 for mxfp4, got 64");
+  EXPECT_EQ(broken([](Problem& q) { q.gate.biases.reset(); }),
+            op + "gate.biases: expected an array in mode 'affine', got none");
   EXPECT_EQ(broken([](Problem& q) {
               q.indices = mx::full({2, 4}, 6, mx::uint32);
             }),

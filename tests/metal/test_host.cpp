@@ -219,6 +219,9 @@ TEST(MetalHost, RefusalsNameTheirReason) {
             "fewer than 8 weights");
   EXPECT_EQ(metal::experts_refusal(x, {experts_of(good, 2)}, 17), "more than 16 experts a row");
   EXPECT_EQ(metal::experts_refusal(x, {experts_of(good, 2)}, 16), "");
+  QuantizedExperts fp4 = experts_of(good, 2);
+  fp4.biases.reset();
+  EXPECT_EQ(metal::experts_refusal(x, {fp4}, 2), "fp4 weights");
   EXPECT_EQ(metal::experts_refusal(mx::zeros({0, 32}), {experts_of(good, 2)}, 16), "no rows");
   EXPECT_EQ(metal::combine_refusal(mx::zeros({0, 2, 8})), "no rows");
   EXPECT_EQ(metal::combine_refusal(mx::zeros({1, 2, 8})), "");

@@ -72,6 +72,14 @@ def tiny(family: str, dtype=mx.bfloat16, *, quantize: dict | None = None, **chan
     return model
 
 
+def tiny_with_experts(family: str, dtype=mx.bfloat16, **quantize):
+    """A tiny model whose experts alone are quantised."""
+    model = tiny(family, dtype, quantize={})
+    for block in blocks(model):
+        nn.quantize(block.switch_mlp, **quantize)
+    return model
+
+
 def blocks(model) -> list:
     """The MoE blocks of a model."""
     return [layer.mlp for layer in model.layers if "switch_mlp" in layer.mlp]

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from lab_support import FakeEngine, one_fault, tiny  # noqa: F401
 from moefuse import cli
 from typer.testing import CliRunner
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("doctor", "synth", "bench", "fidelity", "report", "rerun", "generate")
 runner = CliRunner()
 
@@ -194,6 +196,22 @@ def test_generate_is_the_same_text_patched_and_unpatched(repo):
 def test_version():
     result = run("--version")
     assert result.exit_code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\S*\n", result.stdout)
+
+
+def test_doctor_on_fp4_experts(tmp_path):
+    """The experts are fused; the step takes affine weights only, and says which are not."""
+    import patch_support
+    from mlx_lm.utils import save_model
+
+    settings = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    save_model(tmp_path, patch_support.tiny("qwen", quantize=settings))
+    config = {**patch_support.QWEN, "quantization": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "models/qwen3-moe-tiny/tokenizer.json", tmp_path)
+    text = run("doctor", tmp_path).stdout
+    assert re.search(r"^  experts +fused in 2 blocks$", text, re.M), text
+    assert re.search(r"^  swiglu +fused in 2 blocks$", text, re.M)
+    assert "step: [model] model.embed_tokens: expected affine quantisation" in text
 
 
 def test_doctor_on_a_family_that_the_lab_does_not_measure(tmp_path):

@@ -197,10 +197,11 @@ CONVERSIONS = {
     "8-bit down": (
         {"quant_predicate": eight_bits_in("down_proj")},
         ("moe_router", "step"),
-        "differ in bits",
+        "differ in mode, bits",
     ),
-    "mxfp4": ({"q_mode": "mxfp4", "q_group_size": 32}, OPS[:1], "quantised as mxfp4"),
-    "nvfp4": ({"q_mode": "nvfp4", "q_group_size": 16}, OPS[:1], "quantised as nvfp4"),
+    "mxfp4": ({"q_mode": "mxfp4", "q_group_size": 32}, OPS, None),
+    "nvfp4": ({"q_mode": "nvfp4", "q_group_size": 16}, OPS, None),
+    "mxfp8": ({"q_mode": "mxfp8", "q_group_size": 32}, OPS[:1], "quantised as mxfp8"),
     "mixed_4_6": ({"quant_predicate": "mixed_4_6"}, OPS, "has 6 bits"),
 }
 

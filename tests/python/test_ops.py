@@ -146,6 +146,45 @@ def test_non_finite_activations_are_stock_bit_for_bit():
         assert_same(got, stock_experts(*args, 64, 4)[2])
 
 
+@pytest.mark.parametrize(("mode", "group_size"), [("mxfp4", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fp4_experts_are_stock_bit_for_bit(dtype, mode, group_size):
+    """Also where each byte is a scale, infinity and NaN among them."""
+    rng = np.random.default_rng(11)
+    options = {"group_size": group_size, "bits": 4, "mode": mode}
+
+    def stack(rows, cols, wild):
+        w = mx.array(rng.normal(size=(6, rows, cols)).astype(np.float32) * 0.05)
+        weight, scales = mx.quantize(w.astype(dtype), **options)
+        if wild:
+            scales = mx.array(rng.permutation(np.arange(scales.size) % 256).astype(np.uint8))
+            scales = scales.reshape(6, rows, -1)
+        return weight, scales
+
+    for hidden, width, wild in ((96, 64, False), (32, 160, False), (64, 96, True)):
+        gate, up, down = (
+            stack(*shape, wild) for shape in ((width, hidden), (width, hidden), (hidden, width))
+        )
+        x = mx.array(rng.normal(size=(3, hidden)).astype(np.float32)).astype(dtype)
+        indices = mx.array(np.argsort(rng.random((3, 6)), -1)[:, :4].astype(np.uint32))
+        weights = mx.array(rng.random((3, 4)).astype(np.float32)).astype(dtype)
+
+        def qmm(x, w, indices=indices):
+            return mx.gather_qmm(x, *w, rhs_indices=indices, **options)
+
+        spread = mx.expand_dims(x, (-2, -3))
+        h = nn.silu(qmm(spread, gate)) * qmm(spread, up)
+        want = (qmm(h, down).squeeze(-2) * weights[..., None]).sum(axis=-2)
+        assert_same(
+            moefuse.gather_qmm_swiglu(spread, *gate, None, *up, None, None, indices, **options), h
+        )
+        got = moefuse.moe_gather_qmm_swiglu_downproj_combine(
+            x, gate, up, down, indices, weights, accumulate="exact", **options
+        )
+        assert_same(got, want.astype(dtype))
+        assert wild or not bool(mx.isnan(want).any())
+
+
 def test_gather_qmm_swiglu_batches_as_gather_qmm_does():
     rng = np.random.default_rng(6)
     gate, up = (experts(rng, 5, 96, 64, mx.bfloat16, 64, 4) for _ in "gu")
@@ -172,10 +211,11 @@ mx.set_default_device(mx.cpu)
 rng = np.random.default_rng(1)
 digest = hashlib.sha256()
 for dtype in (mx.bfloat16, mx.float16, mx.float32):
-    for group_size, bits in ((64, 4), (32, 8)):
+    for group_size, bits, kind in (
+            (64, 4, "affine"), (32, 8, "affine"), (32, 4, "mxfp4"), (16, 4, "nvfp4")):
         def quantized(n, k):
             w = mx.array(rng.normal(size=(6, n, k)).astype(np.float32)).astype(dtype)
-            return mx.quantize(w, group_size, bits)
+            return mx.quantize(w, group_size, bits, mode=kind)
         gate, up, down = quantized(192, 320), quantized(192, 320), quantized(320, 192)
         x = mx.array(rng.normal(size=(3, 320)).astype(np.float32)).astype(dtype)
         indices = mx.array(np.argsort(rng.random((3, 6)), -1)[:, :4].astype(np.uint32))
@@ -183,7 +223,7 @@ for dtype in (mx.bfloat16, mx.float16, mx.float32):
         for mode in ("exact", "fp32_no_fma", "fp32"):
             y = moefuse.moe_gather_qmm_swiglu_downproj_combine(
                 x, gate, up, down, indices, weights, accumulate=mode,
-                group_size=group_size, bits=bits)
+                group_size=group_size, bits=bits, mode=kind)
             digest.update(np.array(y.astype(mx.float32)).tobytes())
 print(moefuse._core.cpu_isa(), digest.hexdigest())
 """

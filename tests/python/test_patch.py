@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from patch_support import (
     DTYPES,
     FAMILIES,
+    NEXT_FAMILIES,
     bits,
     blocks,
     decode,
@@ -19,6 +20,7 @@ from patch_support import (
     same_bits,
     same_decode,
     tiny,
+    tiny_with_experts,
 )
 
 VARIANTS = [
@@ -73,6 +75,19 @@ def test_exact_is_stock_bit_for_bit(family, dtype, variants, patched):
     assert report.modules_patched == 2
     assert set(report.patterns) == set(report.calls)
     assert all(count >= decoded for count in report.calls.values()), report.calls
+
+
+@pytest.mark.parametrize(("mode", "group_size"), [("mxfp4", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize("family", (*FAMILIES, *NEXT_FAMILIES))
+def test_fp4_experts_are_stock_bit_for_bit(family, mode, group_size, patched):
+    model = tiny_with_experts(family, group_size=group_size, bits=4, mode=mode)
+    steps = decode(model, count=12)
+    for variant, stem in (("experts", "moe_experts"), ("swiglu", "gather_qmm_swiglu")):
+        report = patched(model, [variant])
+        assert same_decode(decode(model, count=12), steps), variant
+        assert report.fallbacks == {} and report.calls[stem] >= 12 * 2
+    patched(model, ["experts"], accumulate="fp32_no_fma")
+    assert not same_decode(decode(model, count=12), steps)  # nearer the truth, not stock's bits
 
 
 @pytest.mark.parametrize("family", FAMILIES)

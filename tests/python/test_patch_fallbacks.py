@@ -10,7 +10,7 @@ import moefuse
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.tuner.lora import LoRASwitchLinear
-from patch_support import FAMILIES, blocks, prompt, same_bits, tiny
+from patch_support import FAMILIES, blocks, prompt, same_bits, tiny, tiny_with_experts
 
 LAYERS = 2  # MoE blocks of a tiny model
 
@@ -67,17 +67,28 @@ def mixed_bits(model):
         down.bits = 8
 
 
+def mixed_modes(model):
+    for block in blocks(model):
+        down = block.switch_mlp.down_proj
+        weight = mx.dequantize(
+            down.weight, down.scales, down.biases, group_size=down.group_size, bits=down.bits
+        )
+        down.weight, down.scales = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+        down.biases, down.mode = None, "mxfp4"
+
+
 @pytest.mark.parametrize(
     ("quantize", "change", "reason"),
     [
         ({}, None, "gate_proj is a SwitchLinear"),
-        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, None, "quantised as mxfp4"),
+        ({"group_size": 32, "bits": 8, "mode": "mxfp8"}, None, "quantised as mxfp8"),
         ({"group_size": 32, "bits": 3}, None, "has 3 bits in groups of 32"),
         (None, gelu, "the activation is not SwiGLU"),
         (None, biased, "down_proj has a bias"),
         (None, with_lora, "gate_proj is a LoRASwitchLinear"),
         (None, other_switch, "switch_mlp is a OtherSwitch"),
-        (None, mixed_bits, "differ in bits or group_size"),
+        (None, mixed_bits, "differ in mode, bits or group_size"),
+        (None, mixed_modes, "differ in mode, bits or group_size"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -107,10 +118,7 @@ def _quantised(family: str, quantize: dict | None):
         return tiny(family)
     if quantize == {}:  # MLX multiplies unquantised experts on CPU in float32 only
         return tiny(family, mx.float32, quantize={})
-    model = tiny(family, quantize={})
-    for block in blocks(model):
-        nn.quantize(block.switch_mlp, **quantize)
-    return model
+    return tiny_with_experts(family, **quantize)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,9 +146,6 @@ def test_activations_of_another_dtype(family):
 
 
 def test_global_scale():
-    model = _quantised("qwen", {"group_size": 16, "bits": 4, "mode": "nvfp4"})
-    report = moefuse.patch(model, ["experts", "combine"])
-    assert report.fallbacks == {"experts: gate_proj is quantised as nvfp4": LAYERS}
     model = tiny("qwen")
     for block in blocks(model):
         block.switch_mlp.gate_proj.global_scale = mx.ones((16,))

@@ -69,24 +69,37 @@ class Draw:
             chosen = self.rng.integers(0, experts, (*lead, k))
         return mx.array(chosen.astype(self.one_of(INTEGERS)))
 
-    def experts(self, count: int, rows: int, cols: int, group_size: int, bits: int):
-        """A quantised stack, now and then a part of a larger one."""
+    def quantization(self) -> dict:
+        """Affine four times of six, else an fp4 mode."""
+        mode = self.one_of(("affine",) * 4 + ("mxfp4", "nvfp4"))
+        if mode == "affine":
+            sizes = {"group_size": self.one_of((32, 64, 128)), "bits": self.one_of((4, 8))}
+        else:
+            sizes = {"group_size": {"mxfp4": 32, "nvfp4": 16}[mode], "bits": 4}
+        return {**sizes, "mode": mode}
+
+    def experts(self, count: int, rows: int, cols: int, group_size=64, bits=4, mode="affine"):
+        """A quantised stack, now and then a part of a larger one, or one of wild scales."""
         more = self.one_of((0, 0, 1))
         w = self.rng.normal(size=(count + more, rows, cols)).astype(np.float32) * 0.1
-        stack = mx.quantize(mx.array(w).astype(self.dtype), group_size, bits)
-        return [part[more:] for part in stack]
+        weight, scales, *biases = mx.quantize(
+            mx.array(w).astype(self.dtype), group_size, bits, mode=mode
+        )
+        if mode != "affine" and self.count(0, 3) == 0:  # infinity, NaN and the smallest among them
+            scales = mx.array(self.rng.integers(0, 256, scales.shape).astype(np.uint8))
+        return [part[more:] for part in (weight, scales, *biases)]
 
 
 def experts_case(draw: Draw):
     """moe_gather_qmm_swiglu_downproj_combine and gather_qmm_swiglu on the same operands."""
-    group_size, bits = draw.one_of((32, 64, 128)), draw.one_of((4, 8))
+    options = draw.quantization()
     count, k, lead = draw.count(1, 12), draw.count(1, 16), draw.one_of(LEADS)
-    hidden, width = (group_size * draw.count(1, limit) for limit in (4, 3))
-    gate, up = (draw.experts(count, width, hidden, group_size, bits) for _ in "gu")
-    down = draw.experts(count, draw.count(1, 150), width, group_size, bits)
+    # mx.quantize wants whole groups of 32 at least
+    hidden, width = (max(options["group_size"], 32) * draw.count(1, limit) for limit in (4, 3))
+    gate, up = (draw.experts(count, width, hidden, **options) for _ in "gu")
+    down = draw.experts(count, draw.count(1, 150), width, **options)
     x, indices = draw.floats((*lead, hidden)), draw.indices(lead, count, k)
     weights = draw.floats((*lead, k), draw.one_of((draw.dtype, mx.float32)))
-    options = {"group_size": group_size, "bits": bits}
 
     def qmm(x, w):
         return mx.gather_qmm(x, *w, rhs_indices=indices.astype(mx.uint32), **options)
@@ -98,21 +111,22 @@ def experts_case(draw: Draw):
     run = moefuse.moe_gather_qmm_swiglu_downproj_combine
     got = run(x, gate, up, down, indices, weights, accumulate="exact", **options)
     assert_same_sum(got, want, k)
-    assert_same(moefuse.gather_qmm_swiglu(spread, *gate, *up, None, indices, **options), h)
+    stacks = (*gate, None, *up, None) if len(gate) == 2 else (*gate, *up)
+    assert_same(moefuse.gather_qmm_swiglu(spread, *stacks, None, indices, **options), h)
 
 
 def swiglu_case(draw: Draw):
     """gather_qmm_swiglu with gather_qmm's own batching, and any number of outputs."""
-    group_size, bits = draw.one_of((32, 64, 128)), draw.one_of((4, 8))
+    options = draw.quantization()
     count, batch, rows = draw.count(1, 9), draw.count(1, 5), draw.count(1, 6)
-    width, hidden = draw.count(1, 200), group_size * draw.count(1, 4)
-    gate, up = (draw.experts(count, width, hidden, group_size, bits) for _ in "gu")
+    width, hidden = draw.count(1, 200), max(options["group_size"], 32) * draw.count(1, 4)
+    gate, up = (draw.experts(count, width, hidden, **options) for _ in "gu")
     x = draw.floats((batch, rows, hidden))
     left = draw.indices((draw.count(1, 4),), batch, draw.count(1, 3)).astype(mx.uint32)
     right = draw.indices((left.shape[0],), count, left.shape[1]).astype(mx.uint32)
-    options = {"group_size": group_size, "bits": bits}
     h = [mx.gather_qmm(x, *w, lhs_indices=left, rhs_indices=right, **options) for w in (gate, up)]
-    got = moefuse.gather_qmm_swiglu(x, *gate, *up, left, right, **options)
+    stacks = (*gate, None, *up, None) if len(gate) == 2 else (*gate, *up)
+    got = moefuse.gather_qmm_swiglu(x, *stacks, left, right, **options)
     assert_same(got, nn.silu(h[0]) * h[1])
 
 
@@ -165,6 +179,8 @@ def refusal_case(draw: Draw):
     other = mx.float16 if draw.dtype != mx.float16 else mx.bfloat16
     wrong = draw.one_of((
         {"bits": draw.one_of((2, 3, 5, 6, 0, -4))},
+        {"mode": draw.one_of(("mxfp4", "nvfp4", "mxfp8", ""))},
+        {"up": up[:2]},
         {"group_size": draw.one_of((16, 48, 0, -64))},
         {"x": given["x"][..., : draw.count(1, hidden - 1)]},
         {"x": given["x"].astype(mx.int32)},
