@@ -10,6 +10,7 @@
 namespace moefuse {
 
 constexpr int kHeads = 32, kMostChunks = 32;
+constexpr int kFirstBytes = 16384;
 
 // Slots in a chunk of a row that attends to n: enough chunks to go round, not so many that the
 // merge costs.
@@ -208,9 +209,8 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   const cpu::RowsArgs values = slice(values_in_keys);
   const int n = values.rows, dim = values.dim;
   if (n <= 0) return;
-  // The values are read in columns, which no hardware foresees; the keys' pass gives them time.
-  const int64_t value_bytes = int64_t(n) * dim * (values.dtype == cpu::Dtype::float32 ? 4 : 2);
-  for (int64_t i = 0; !values_in_keys && i < value_bytes; i += 64)
+  // The first of the values; the kernel asks for the rest as it goes.
+  for (int i = 0; !values_in_keys && i < kFirstBytes; i += 64)
     __builtin_prefetch(static_cast<const char*>(values.data) + i, 0, 2);
   floats_.resize(2 * size_t(count) * slots);
   float *scores = floats_.data(), *more = scores + count * slots;
