@@ -213,32 +213,32 @@ void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads
   });
 }
 
-// Calls f(i, count) for sixteen of n at a time, with a constant count but for the last.
-template <class F>
-inline __attribute__((always_inline)) void each_lanes(int n, F&& f) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, n - i);
-}
-
 float exponentials(float* scores, int n, float* top) {
-  const f32x16 low = splat(-__builtin_inff());
-  f32x16 most = low;
-  each_lanes(
-      n, [&](int i, int count) __attribute__((always_inline)) {
-        f32x16 v = low;
-        memcpy(&v, scores + i, 4 * count);
-        most = v > most ? v : most;
-      });
-  *top = most[0];
-  for (int l = 1; l < kLanes; ++l) *top = most[l] > *top ? most[l] : *top;
+  const int whole = n / kLanes * kLanes, rest = n - whole;
+  f32x16 most = splat(-__builtin_inff());
+  for (int i = 0; i < whole; i += kLanes) {
+    const f32x16 v = load<f32x16>(scores + i);
+    most = v > most ? v : most;
+  }
+  if (rest) {
+    f32x16 v = splat(-__builtin_inff());
+    memcpy(&v, scores + whole, 4 * rest);
+    most = v > most ? v : most;
+  }
+  float largest = most[0];
+  for (int l = 1; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
   f32x16 sum{};
-  each_lanes(
-      n, [&](int i, int count) __attribute__((always_inline)) {
-        const f32x16 e = exp_lanes(load_floats(scores, Dtype::float32, i, count) - splat(*top));
-        memcpy(scores + i, &e, 4 * count);
-        sum = sum + (count == kLanes ? e : load_floats(scores, Dtype::float32, i, count));
-      });
+  for (int i = 0; i < whole; i += kLanes) {
+    const f32x16 e = exp_lanes(load<f32x16>(scores + i) - splat(largest));
+    memcpy(scores + i, &e, sizeof e);
+    sum = sum + e;
+  }
+  if (rest) {
+    const f32x16 v = load_floats(scores, Dtype::float32, whole, rest);
+    store_floats(scores, Dtype::float32, whole, rest, exp_lanes(v - splat(largest)));
+    sum = sum + load_floats(scores, Dtype::float32, whole, rest);
+  }
+  *top = largest;
   return sum_lanes(sum);
 }
 
