@@ -23,3 +23,17 @@ foreach(isa ${MOEFUSE_ISAS})
   string(TOUPPER ${isa} name)
   add_compile_definitions(MOEFUSE_HAS_${name})
 endforeach()
+
+# Tiles of bfloat16 (AMX): Linux asks for their use, and older compilers do not know them.
+if(CMAKE_SYSTEM_NAME STREQUAL Linux AND "avx512" IN_LIST MOEFUSE_ISAS)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag("-mamx-bf16 -mavx512bf16" MOEFUSE_COMPILES_TILES)
+  if(MOEFUSE_COMPILES_TILES)
+    add_library(moefuse_tiles OBJECT src/cpu/tiles.cpp)
+    target_include_directories(moefuse_tiles PRIVATE src include)
+    target_compile_options(moefuse_tiles PRIVATE -O3 ${MOEFUSE_FLAGS_avx512} -mavx512bf16 -mamx-tile
+        -mamx-bf16 -Wno-psabi -Wno-maybe-uninitialized)
+    list(APPEND MOEFUSE_ISA_OBJECTS $<TARGET_OBJECTS:moefuse_tiles>)
+    add_compile_definitions(MOEFUSE_HAS_TILES)
+  endif()
+endif()

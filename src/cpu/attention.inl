@@ -7,6 +7,8 @@
 namespace moefuse::cpu {
 namespace {
 
+constexpr int kBlockRows = 64;  // that stay near while all heads go over them
+
 template <Dtype kDtype>
 struct Constant {};
 template <int kCount>
@@ -43,27 +45,12 @@ void exact_dots(const RowsArgs& a, const float* q, float* out) {
   }
 }
 
-// The sums of four vectors' lanes, each in sum_lanes' order.
-inline void sum_lanes4(f32x16 v0, f32x16 v1, f32x16 v2, f32x16 v3, float* out, int64_t stride) {
-  const auto halves = [](f32x16 a, f32x16 b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
-                                   31);
-  };
-  const f32x16 a = halves(v0, v1), b = halves(v2, v3);
-  const f32x16 quarters =
-      __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  for (int h = 0; h < 4; ++h)
-    out[h * stride] =
-        (quarters[4 * h] + quarters[4 * h + 2]) + (quarters[4 * h + 1] + quarters[4 * h + 3]);
-}
-
 // kHeads queries on kRows rows at once: enough sums in flight to hide the latency of one.
 template <Dtype kDtype, int kHeads, int kRows>
 inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out,
                           int64_t out_stride) {
-  f32x16 sum[kRows][kHeads] = {};
+  constexpr int kSums = kRows * kHeads;
+  f32x16 sum[kSums] = {};  // of head h and row r: h * kRows + r
   // Inlined by force: a call would keep the sums in memory.
   const auto add = [&](int k, int width) __attribute__((always_inline)) {
     f32x16 x[kRows];
@@ -73,38 +60,43 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
     unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
       const f32x16 y = load_floats(q + h() * a.dim, Dtype::float32, k, width);
       unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-        sum[r()][h()] = fused(x[r()], y, sum[r()][h()]);
+        constexpr int i = h() * kRows + r();
+        sum[i] = fused(x[r()], y, sum[i]);
       });
     });
   };
   int k = 0;
   for (; k + kLanes <= a.dim; k += kLanes) add(k, kLanes);
   if (k < a.dim) add(k, a.dim - k);
-  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-    float* to = out + row + r();
-    unrolled<kHeads / 4>([&](auto i) __attribute__((always_inline)) {
-      constexpr int h = 4 * i();
-      const auto& v = sum[r()];
-      sum_lanes4(v[h], v[h + 1], v[h + 2], v[h + 3], to + h * out_stride, out_stride);
+  if constexpr (kSums == kLanes) {
+    sum_lanes16(sum);
+    unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+      memcpy(out + h() * out_stride + row, (const float*)sum + h() * kRows, 4 * kRows);
     });
-    unrolled<kHeads % 4>([&](auto i) __attribute__((always_inline)) {
-      constexpr int h = kHeads / 4 * 4 + i();
-      to[h * out_stride] = sum_lanes(sum[r()][h]);
+  } else {
+    unrolled<kSums>([&](auto i) __attribute__((always_inline)) {
+      out[i() / kRows * out_stride + row + i() % kRows] = sum_lanes(sum[i()]);
     });
-  });
+  }
 }
 
+// The heads [h, h + kHeads) of `heads` on the rows [begin, end). Each head asks for its share of
+// what comes after the block.
 template <Dtype kDtype, int kHeads>
-void fused_dots(const RowsArgs& a, const float* q, float* out, int64_t out_stride) {
-  constexpr int kRows = kHeads > 4 ? 2 : 4, kBytes = kDtype == Dtype::float32 ? 4 : 2;
-  constexpr int kAhead = 4096;  // bytes
-  int row = 0;
-  for (; row + kRows <= a.rows; row += kRows) {
-    const char* ahead = (const char*)a.data + (row * a.stride) * int64_t(kBytes) + kAhead;
-    for (int i = 0; i < kRows * a.dim * kBytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-    fused_dots_at<kDtype, kHeads, kRows>(a, row, q, out, out_stride);
+void fused_dots(const RowsArgs& a, int begin, int end, const float* q, int h, int heads, float* out,
+                int64_t out_stride) {
+  constexpr int kRows = kHeads >= 8 ? 2 : 4, kBytes = kDtype == Dtype::float32 ? 4 : 2;
+  const int64_t bytes = int64_t(kRows) * a.dim * kBytes;
+  const int64_t from = bytes * h / heads, to = bytes * (h + kHeads) / heads;
+  const float* queries = q + int64_t(h) * a.dim;
+  float* scores = out + h * out_stride;
+  int row = begin;
+  for (; row + kRows <= end; row += kRows) {
+    const char* ahead = (const char*)a.data + (row + kBlockRows) * a.stride * kBytes;
+    for (int64_t i = from; i < to; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    fused_dots_at<kDtype, kHeads, kRows>(a, row, queries, scores, out_stride);
   }
-  for (; row < a.rows; ++row) fused_dots_at<kDtype, kHeads, 1>(a, row, q, out, out_stride);
+  for (; row < end; ++row) fused_dots_at<kDtype, kHeads, 1>(a, row, queries, scores, out_stride);
 }
 
 // Calls f with the dtype as a constant.
@@ -124,11 +116,17 @@ void with_heads(int heads, F&& f) {
     for (; h + count() <= heads; h += count()) f(h, count);
   };
 #if defined(__AVX512F__)
-  each(Count<10>{});
   each(Count<8>{});
 #endif
   each(Count<4>{});
   each(Count<1>{});
+}
+
+// Calls f(begin, end) for each block of rows.
+template <class F>
+void with_blocks(int rows, F&& f) {
+  for (int begin = 0; begin < rows; begin += kBlockRows)
+    f(begin, rows - begin < kBlockRows ? rows : begin + kBlockRows);
 }
 
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
@@ -138,26 +136,38 @@ void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
     return;
   }
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
-    with_heads(heads, [&](int h, auto count) {
-      fused_dots<kDtype, count()>(a, q + h * a.dim, out + h * out_stride, out_stride);
+    with_blocks(a.rows, [&](int begin, int end) {
+      with_heads(heads, [&](int h, auto count) {
+        fused_dots<kDtype, count()>(a, begin, end, q, h, heads, out, out_stride);
+      });
     });
   });
 }
 
-// kHeads sums over the columns [d, d + count), in one pass over the rows.
-template <Dtype kDtype, bool kExact, int kHeads, int kVectors>
-inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_t weights_stride,
-                                 int d, int count, float* out) {
+// Adds the rows [begin, end) to kHeads sums over the columns [d, d + count), count at most kVectors
+// * kLanes and exactly that if kWhole; row 0 starts the sums. Asks for the line at `ahead` with the
+// first row, for the next line with the next row.
+template <Dtype kDtype, bool kExact, int kHeads, int kVectors, bool kWhole>
+inline void weighted_sum_columns(const RowsArgs& a, int begin, int end, const float* weights,
+                                 int64_t weights_stride, int d, int count, const char* ahead,
+                                 float* out) {
   f32x16 sum[kHeads][kVectors] = {};
-  for (int j = 0; j < a.rows; ++j) {
+  const auto width = [&](int b) __attribute__((always_inline)) {
+    const int n = count - b * kLanes;
+    return kWhole || n > kLanes ? kLanes : n < 0 ? 0 : n;
+  };
+  unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+    unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+      if (begin > 0)
+        sum[h()][b()] =
+            load_floats(out, Dtype::float32, h() * a.dim + d + b() * kLanes, width(b()));
+    });
+  });
+  for (int j = begin; j < end; ++j, ahead += 64) {
+    __builtin_prefetch(ahead, 0, 2);
     f32x16 x[kVectors];
-    for (int b = 0; b < kVectors; ++b) {
-      const int n = count - b * kLanes;
-      x[b] = load_floats(a.data, kDtype, j * a.stride + d + b * kLanes,
-                         n < 0        ? 0
-                         : n < kLanes ? n
-                                      : kLanes);
-    }
+    for (int b = 0; b < kVectors; ++b)
+      x[b] = load_floats(a.data, kDtype, j * a.stride + d + b * kLanes, width(b));
     for (int h = 0; h < kHeads; ++h) {
       const f32x16 weight = splat(weights[h * weights_stride + j]);
       for (int b = 0; b < kVectors; ++b)
@@ -166,59 +176,69 @@ inline void weighted_sum_columns(const RowsArgs& a, const float* weights, int64_
   }
   unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
     unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
-      const int n = count - b() * kLanes;
-      if (n > 0)
-        store_floats(out, Dtype::float32, h() * a.dim + d + b() * kLanes, n < kLanes ? n : kLanes,
-                     sum[h()][b()]);
+      store_floats(out, Dtype::float32, h() * a.dim + d + b() * kLanes, width(b()), sum[h()][b()]);
     });
   });
 }
 
 template <Dtype kDtype, bool kExact, int kHeads>
-void weighted_sums(const RowsArgs& a, const float* weights, int64_t weights_stride, float* out) {
+void weighted_sums(const RowsArgs& a, int begin, int end, const float* weights,
+                   int64_t weights_stride, float* out) {
   constexpr int kVectors = kHeads > 4 ? 2 : 4, kColumns = kVectors * kLanes;
-  const auto columns = [&](int d, int count) __attribute__((always_inline)) {
-    weighted_sum_columns<kDtype, kExact, kHeads, kVectors>(a, weights, weights_stride, d, count,
-                                                           out);
-  };
+  const char* ahead = (const char*)a.data + end * a.stride * (kDtype == Dtype::float32 ? 4 : 2);
   int d = 0;
-  for (; d + kColumns <= a.dim; d += kColumns) columns(d, kColumns);
-  if (d < a.dim) columns(d, a.dim - d);
+  for (; d + kColumns <= a.dim; d += kColumns, ahead += (end - begin) * 64)
+    weighted_sum_columns<kDtype, kExact, kHeads, kVectors, true>(
+        a, begin, end, weights, weights_stride, d, kColumns, ahead, out);
+  if (d < a.dim)
+    weighted_sum_columns<kDtype, kExact, kHeads, kVectors, false>(
+        a, begin, end, weights, weights_stride, d, a.dim - d, ahead, out);
 }
 
 void weighted_sum(bool exact, const RowsArgs& a, const float* weights, int heads,
                   int64_t weights_stride, float* out) {
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
-    if (exact) {
-      for (int h = 0; h < heads; ++h)
-        weighted_sums<kDtype, true, 1>(a, weights + h * weights_stride, weights_stride,
-                                       out + h * a.dim);
-      return;
-    }
-    with_heads(heads, [&](int h, auto count) {
-      weighted_sums<kDtype, false, count()>(a, weights + h * weights_stride, weights_stride,
-                                            out + h * a.dim);
+    with_blocks(a.rows, [&](int begin, int end) {
+      if (exact) {
+        for (int h = 0; h < heads; ++h)
+          weighted_sums<kDtype, true, 1>(a, begin, end, weights + h * weights_stride,
+                                         weights_stride, out + h * a.dim);
+        return;
+      }
+      with_heads(heads, [&](int h, auto count) {
+        weighted_sums<kDtype, false, count()>(a, begin, end, weights + h * weights_stride,
+                                              weights_stride, out + h * a.dim);
+      });
     });
   });
 }
 
 float exponentials(float* scores, int n, float* top) {
-  const f32x16 low = splat(-__builtin_inff());
-  f32x16 most = low;
-  for (int i = 0; i < n; i += kLanes) {
-    f32x16 v = low;
-    memcpy(&v, scores + i, 4 * (n - i < kLanes ? n - i : kLanes));
+  const int whole = n / kLanes * kLanes, rest = n - whole;
+  f32x16 most = splat(-__builtin_inff());
+  for (int i = 0; i < whole; i += kLanes) {
+    const f32x16 v = load<f32x16>(scores + i);
     most = v > most ? v : most;
   }
-  *top = most[0];
-  for (int l = 1; l < kLanes; ++l) *top = most[l] > *top ? most[l] : *top;
-  f32x16 sum{};
-  for (int i = 0; i < n; i += kLanes) {
-    const int count = n - i < kLanes ? n - i : kLanes;
-    const f32x16 e = exp_lanes(load_floats(scores, Dtype::float32, i, count) - splat(*top));
-    memcpy(scores + i, &e, 4 * count);
-    sum = sum + load_floats(scores, Dtype::float32, i, count);
+  if (rest) {
+    f32x16 v = splat(-__builtin_inff());
+    memcpy(&v, scores + whole, 4 * rest);
+    most = v > most ? v : most;
   }
+  float largest = most[0];
+  for (int l = 1; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+  f32x16 sum{};
+  for (int i = 0; i < whole; i += kLanes) {
+    const f32x16 e = exp_lanes(load<f32x16>(scores + i) - splat(largest));
+    memcpy(scores + i, &e, sizeof e);
+    sum = sum + e;
+  }
+  if (rest) {
+    const f32x16 v = load_floats(scores, Dtype::float32, whole, rest);
+    store_floats(scores, Dtype::float32, whole, rest, exp_lanes(v - splat(largest)));
+    sum = sum + load_floats(scores, Dtype::float32, whole, rest);
+  }
+  *top = largest;
   return sum_lanes(sum);
 }
 

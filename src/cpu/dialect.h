@@ -241,5 +241,35 @@ inline Vector load(const void* p) {
   return (low4[0] + low4[2]) + (low4[1] + low4[3]);
 }
 
+// Replaces v[0] by the sums of the lanes of v[0] to v[15], each in sum_lanes' order.
+[[maybe_unused]] inline void sum_lanes16(f32x16* v) {
+#if defined(__AVX512F__)
+  // Each level adds the halves of two vectors' parts and leaves both in one.
+#define MOEFUSE_PARTS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] =
+        MOEFUSE_PARTS(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        MOEFUSE_PARTS(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] =
+        MOEFUSE_PARTS(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+        MOEFUSE_PARTS(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    v[i] =
+        MOEFUSE_PARTS(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        MOEFUSE_PARTS(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  v[0] = MOEFUSE_PARTS(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         MOEFUSE_PARTS(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#undef MOEFUSE_PARTS
+#else
+  f32x16 sums{};
+  for (int i = 0; i < kLanes; ++i) sums[i] = sum_lanes(v[i]);
+  v[0] = sums;
+#endif
+}
+
 }  // namespace
 }  // namespace moefuse::cpu

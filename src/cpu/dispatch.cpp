@@ -7,9 +7,15 @@
 
 #include "cpu/kernels.h"
 #include "cpu/tables.h"
+#include "cpu/tiles.h"
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef MOEFUSE_HAS_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace moefuse::cpu {
@@ -47,6 +53,29 @@ const Kernels& kernels() {
   }();
   return chosen;
 }
+
+#ifdef MOEFUSE_HAS_TILES
+extern const Tiles kTiles;
+
+const Tiles* tiles() {
+  static const Tiles* const chosen = []() -> const Tiles* {
+    constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;  // of EDX; AVX512_BF16 of EAX
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0, more = 0;
+    const char* wanted = std::getenv("MOEFUSE_ISA");
+    if ((wanted && *wanted) || available_kernels().front() != &kKernels_avx512) return nullptr;
+    if (!__get_cpuid_count(7, 1, &more, &ebx, &ecx, &edx) || !(more & 1u << 5)) return nullptr;
+    __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+    if (!(edx & kBfloat16) || !(edx & kTile)) return nullptr;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? &kTiles : nullptr;
+  }();
+  return chosen;
+}
+#else
+const Tiles* tiles() {
+  return nullptr;
+}
+#endif
 
 int num_threads() {
   static const int threads = [] {

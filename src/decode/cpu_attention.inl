@@ -5,11 +5,13 @@
 // its length alone.
 #pragma once
 
+#include "cpu/tiles.h"
 #include "decode/cpu_worker.h"
 
 namespace moefuse {
 
 constexpr int kHeads = 32, kMostChunks = 32;
+constexpr int kFirstBytes = 16384;
 
 // Slots in a chunk of a row that attends to n: enough chunks to go round, not so many that the
 // merge costs.
@@ -206,11 +208,12 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
     return rows;
   };
   const cpu::RowsArgs values = slice(values_in_keys);
+  const bool many = count > cpu::kLeastTileHeads && shared_.accumulate == Accumulate::fp32;
+  const cpu::Tiles* tiles = many ? cpu::tiles() : nullptr;
   const int n = values.rows, dim = values.dim;
   if (n <= 0) return;
-  // The values are read in columns, which no hardware foresees; the keys' pass gives them time.
-  const int64_t value_bytes = int64_t(n) * dim * (values.dtype == cpu::Dtype::float32 ? 4 : 2);
-  for (int64_t i = 0; !values_in_keys && i < value_bytes; i += 64)
+  // The first of the values; the kernel asks for the rest as it goes.
+  for (int i = 0; !values_in_keys && i < kFirstBytes; i += 64)
     __builtin_prefetch(static_cast<const char*>(values.data) + i, 0, 2);
   floats_.resize(2 * size_t(count) * slots);
   float *scores = floats_.data(), *more = scores + count * slots;
@@ -219,7 +222,11 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
     const auto* q =
         reinterpret_cast<const float*>(part.queries) + (int64_t(r) * heads + head) * keys.dim;
     const bool first = &part == parts.begin();
-    cpu::kernels().dots(false, keys, q, count, first ? scores : more, slots);
+    float* out = first ? scores : more;
+    if (tiles && cpu::fit_tiles(keys, count))
+      tiles->dots(keys, q, count, out, slots);
+    else
+      cpu::kernels().dots(false, keys, q, count, out, slots);
     if (!first)
       for (int i = 0; i < count * slots; ++i) scores[i] += more[i];
   }
@@ -230,7 +237,10 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   };
   for (int h = 0; h < count; ++h)
     at(h)[1] = cpu::kernels().exponentials(scores + h * slots, n, at(h));
-  cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
+  if (tiles && cpu::fit_tiles(values, count))
+    tiles->weighted_sum(values, scores, count, slots, sums_.data());
+  else
+    cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
   for (int h = 0; h < count; ++h) std::copy_n(sums_.data() + h * dim, dim, at(h) + 2);
 }
 

@@ -4,6 +4,7 @@
 
 #include "cpu/moe_router.h"
 #include "decode/cpu_step.h"
+#include "decode/lines.h"
 
 namespace moefuse {
 
@@ -25,15 +26,15 @@ struct CpuStep<A>::Shared {
   std::vector<CacheView> caches;
   A* logits = nullptr;
 
-  std::vector<A> hidden;   // hidden_size
-  std::vector<A> q, k, v;  // projections; MLA: compressed query, latent with rotary key, unused
-  std::vector<A> q_latent, q_rope;  // MLA: heads * latent_dim, heads * rope_dim
-  std::vector<A> attended;          // what the output projection takes
-  std::vector<A> latents;           // MLA: heads * latent_dim
-  std::vector<A> router_logits;     // experts
-  std::vector<A> inner;         // [rows * top_k sorted by expert, width], or dense [rows, width]
-  std::vector<A> shared_inner;  // of the shared expert
-  std::vector<float> partial;   // attention over one chunk: see cpu_attention.inl
+  std::vector<A> hidden;      // hidden_size
+  Lines<A> q, k, v;           // projections; MLA: compressed query, latent with rotary key, unused
+  Lines<A> q_latent, q_rope;  // MLA: heads * latent_dim, heads * rope_dim
+  std::vector<A> attended;    // what the output projection takes
+  std::vector<A> latents;     // MLA: heads * latent_dim
+  std::vector<A> router_logits;  // experts
+  std::vector<A> inner;          // [rows * top_k sorted by expert, width], or dense [rows, width]
+  std::vector<A> shared_inner;   // of the shared expert
+  std::vector<float> partial;    // attention over one chunk: see cpu_attention.inl
   RopeTable<A> rope;
 };
 
@@ -98,7 +99,7 @@ class CpuStep<A>::Worker {
   int layer_ = -1;
   Inputs<A> x_, inner_, shared_inner_;
   std::vector<A> normed_, scratch_, down_, scores_;
-  std::vector<float> queries_, floats_, sums_;
+  Lines<float> queries_, floats_, sums_;
   // The routing of this layer's rows, the same in every thread.
   cpu::Slots slots_;
   std::vector<uint32_t> experts_;

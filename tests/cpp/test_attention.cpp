@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/tables.h"
+#include "cpu/tiles.h"
 #include "dtypes.h"
 
 namespace moefuse::cpu {
@@ -46,7 +47,8 @@ std::vector<Case> cases() {
   std::vector<Case> all;
   for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32}) {
     for (int dim : {1, 15, 16, 31, 64, 100, 128})
-      for (int rows : {1, 3, 4, 17, 70}) all.push_back({rows, dim, rows % 4 + 2, dtype});
+      for (int rows : {1, 3, 4, 17, 63, 64, 65, 70, 129})
+        all.push_back({rows, dim, rows % 4 + 2, dtype});
     for (int heads = 1; heads <= 12; ++heads) all.push_back({21, 80, heads, dtype});
     all.push_back({300, 576, 5, dtype});
   }
@@ -197,6 +199,54 @@ TEST(Attention, EveryInstructionSetGivesTheBitsOfPlain) {
             << table->isa << ", " << name(c);
       }
     }
+}
+
+// Block edges of 16, 32 and 128 rows; one and two groups of heads; four steps, fewer and more.
+TEST(Tiles, StayInsideTheBoundOfTheOracle) {
+  if (!tiles()) GTEST_SKIP() << "no tiles of bfloat16 here";
+  constexpr double kParts = 0x1p-16;
+  const auto bound = [](std::vector<Truth> all, double from, double to) {
+    for (Truth& t : all) t.bound *= (kParts / kUnit + to) / from;
+    return all;
+  };
+  for (int rows : {1, 2, 15, 16, 17, 31, 32, 33, 63, 127, 128, 129, 161, 300})
+    for (const auto& [dim, heads] :
+         {std::pair{32, 1}, {64, 20}, {128, 8}, {160, 16}, {576, 17}, {1024, 32}}) {
+      const Problem p({rows, dim, heads, Dtype::bfloat16});
+      ASSERT_TRUE(fit_tiles(p.rows(), heads));
+      const Kernels table{
+          .dots = [](bool, const RowsArgs& a, const float* q, int n, float* out,
+                     int64_t stride) { tiles()->dots(a, q, n, out, stride); },
+          .weighted_sum = [](bool, const RowsArgs& a, const float* w, int n, int64_t stride,
+                             float* out) { tiles()->weighted_sum(a, w, n, stride, out); }};
+      const auto steps = [](int n) { return (1 + 0x1p-7) * (2 * ((n + 31) / 32) + 17); };
+      EXPECT_EQ(outside(p.dots(table, false), bound(p.dots_truth(), dim / 16.0 + 6, steps(dim))), 0)
+          << name(p.c);
+      EXPECT_EQ(outside(p.weighted_sum(table, false),
+                        bound(p.weighted_sum_truth(), rows + 1, steps(rows))),
+                0)
+          << name(p.c);
+    }
+}
+
+TEST(Tiles, AHeadAndARowDoNotSeeTheirNeighbours) {
+  if (!tiles()) GTEST_SKIP() << "no tiles of bfloat16 here";
+  const Problem p({161, 96, 20, Dtype::bfloat16});
+  const int rows = p.c.rows, dim = p.c.dim;
+  Floats together(20 * rows), sums(20 * dim), alone(rows), sum(dim);
+  tiles()->dots(p.rows(), p.q.data(), 20, together.data(), rows);
+  tiles()->weighted_sum(p.rows(), p.weights.data(), 20, p.weights_stride, sums.data());
+  for (int h : {0, 15, 16, 19}) {
+    tiles()->dots(p.rows(), p.q.data() + h * dim, 1, alone.data(), rows);
+    EXPECT_TRUE(std::equal(alone.begin(), alone.end(), together.begin() + h * rows)) << h;
+    tiles()->weighted_sum(p.rows(), p.weights.data() + h * p.weights_stride, 1, 0, sum.data());
+    EXPECT_TRUE(std::equal(sum.begin(), sum.end(), sums.begin() + h * dim)) << h;
+  }
+  RowsArgs last = p.rows();
+  last.data = p.data.data() + 2 * (rows - 1) * last.stride;
+  last.rows = 1;
+  tiles()->dots(last, p.q.data(), 1, alone.data(), 1);
+  EXPECT_EQ(alone[0], together[rows - 1]);
 }
 
 TEST(Attention, HeadsAndRowsDoNotSeeTheirNeighbours) {
