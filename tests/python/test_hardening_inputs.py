@@ -16,7 +16,7 @@ from lab_support import tiny  # noqa: F401
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from moefuse import _core, cli, step
-from moefuse.lab import LabError, checkpoint
+from moefuse.lab import LabError, checkpoint, synth
 from patch_support import FAMILIES, VOCAB, same_bits
 from patch_support import tiny as tiny_model
 from typer.testing import CliRunner
@@ -80,6 +80,32 @@ def test_a_tokenizer_of_another_model(copy):
     message = rf"\[tokenizer\] tiny: expected tokens 0 to {config['vocab_size'] - 1} .*, got 400"
     with pytest.raises(LabError, match=message):
         checkpoint.load(checkpoint.inspect(copy))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in %}", "[generate] --chat: expected a template that takes the prompt"),
+        (b"\xff", "[tokenizer] tiny: expected files that transformers reads"),
+        ("{{ 1 / 0 }}", "[generate] --chat: expected a template that takes the prompt"),
+        ("{{ raise_exception('no users') }}", "[generate] --chat: expected a template"),
+        ("{{ messages.__class__.__mro__ }}", "[generate] --chat: expected a template"),
+    ],
+)
+def test_chat_templates(copy, template, message):
+    path = copy / "chat_template.jinja"
+    path.write_bytes(template if isinstance(template, bytes) else template.encode())
+    result = runner.invoke(cli.app, ["generate", str(copy), "--prompt", "A list", "--chat"])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and message in said, said
+
+
+@pytest.mark.parametrize("content", [HALF, "[]", '{"model": {"vocab": {}}}', '{"model": []}'])
+def test_a_tokenizer_that_a_synthetic_checkpoint_cannot_take(copy, tmp_path, content):
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text()[:500] if content is HALF else content)
+    with pytest.raises(LabError, match=r"\[synth\] tokenizer: expected a vocabulary in tiny/"):
+        synth.write("qwen3-30b-a3b", 1, tmp_path / "new", tokenizer=copy)
 
 
 # -- files that change after they were checked ---------------------------------------------------
@@ -182,6 +208,31 @@ def test_spoilt_checkpoints(tiny, tmp_path):  # noqa: F811
             error.add_note(f"case {case}")
             raise
     assert refused > CASES // 20
+
+
+def test_spoilt_tokenizers(copy):
+    """Each turns a text into tokens of the model and back, or is refused by name."""
+    found = checkpoint.inspect(copy)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    refused = 0
+    for case in range(CASES // 3):
+        rng = np.random.default_rng([20261127, case])
+        path = copy / names[rng.integers(len(names))]
+        good = path.read_bytes()
+        spoil_file(path, rng)
+        try:
+            tokenizer = checkpoint.read_tokenizer(found)
+            ids = tokenizer.encode("A list holds items in order.")
+            assert all(0 <= i < found.config["vocab_size"] for i in ids)
+            assert isinstance(tokenizer.decode(ids), str)
+        except LabError as error:
+            refused += 1
+            assert re.match(r"^\[tokenizer\] .*: expected .*, got ", str(error), re.S), (case, error)
+        except BaseException as error:
+            error.add_note(f"case {case}")
+            raise
+        path.write_bytes(good)
+    assert CASES // 20 < refused < CASES // 3
 
 
 # -- a plan whose configuration does not suit the weights ----------------------------------------
