@@ -67,4 +67,9 @@ int num_threads() {
   return threads;
 }
 
+void check_settings() {
+  kernels();
+  num_threads();
+}
+
 }  // namespace moefuse::cpu

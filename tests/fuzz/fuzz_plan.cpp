@@ -16,6 +16,9 @@ bool moefuse::metal::serves(mx::StreamOrDevice) {
 const moefuse::cpu::Kernels& moefuse::cpu::kernels() {
   __builtin_trap();
 }
+void moefuse::cpu::check_settings() {
+  __builtin_trap();
+}
 
 namespace {
 

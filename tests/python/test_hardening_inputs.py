@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -227,7 +229,7 @@ def test_spoilt_tokenizers(copy):
             assert isinstance(tokenizer.decode(ids), str)
         except LabError as error:
             refused += 1
-            assert re.match(r"^\[tokenizer\] .*: expected .*, got ", str(error), re.S), (case, error)
+            assert NAMED.match(str(error)) and "[tokenizer] " in str(error), (case, error)
         except BaseException as error:
             error.add_note(f"case {case}")
             raise
@@ -350,6 +352,51 @@ def test_a_token_outside_the_vocabulary(token):
     mx.eval(caches)
     with pytest.raises(ValueError, match=r"^\[step\] .*expected .*, got "):
         decoder.step([(token, 0, 0, 0, 0)], *caches)
+
+
+@pytest.mark.parametrize("setting", ["MOEFUSE_ISA", "MOEFUSE_NUM_THREADS"])
+@pytest.mark.parametrize("what", ["op", "step"])
+def test_settings_that_do_not_exist(setting, what):
+    """At the call: a thread of the step, or MLX's stream, has nobody to tell."""
+    code = """if True:
+        import sys
+        import mlx.core as mx, moefuse
+        from moefuse import _core, step
+        from patch_support import tiny
+        from mlx.utils import tree_flatten
+        mx.set_default_device(mx.cpu)
+        try:
+            if sys.argv[1] == "op":
+                moefuse.moe_combine_weighted_sum_fp32_no_fma(mx.ones((1, 2, 64)), mx.ones((1, 2)))
+            else:
+                model = tiny("qwen")
+                weights = dict(tree_flatten(model.parameters()))
+                _core.Decoder(step._config(model), weights, "exact")
+        except ValueError as error:
+            print(error)
+    """
+    environment = os.environ | {setting: "none", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, what]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert re.match(rf"^\[moefuse\] {setting}: expected .*, got none", run.stdout), run.stdout
+
+
+@pytest.mark.parametrize("bad", [6, -1, 2**32 + 1])
+@pytest.mark.parametrize("strided", [False, True])
+def test_indices_that_are_known_are_refused_at_the_call(bad, strided):
+    """Whatever their dtype and strides: 2**32 + 1 is not expert 1."""
+    indices = mx.array([[0, 0], [1, bad]], dtype=mx.int64)
+    mx.eval(indices)
+    if strided:
+        indices = indices.T
+        mx.eval(indices)
+    with mx.stream(mx.cpu):
+        w = mx.quantize(mx.ones((6, 64, 64)), 64, 4)
+        with pytest.raises(ValueError, match=rf"indices\[3\]: expected less than 6, got {bad}$"):
+            moefuse.moe_gather_qmm_swiglu_downproj_combine(
+                mx.ones((2, 64)), w, w, w, indices, mx.ones((2, 2)), group_size=64, bits=4
+            )
 
 
 # -- an error that MLX hands on is not the last thing a process does -----------------------------

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-
 from . import LabError, capsule, checkpoint, files, ledger, notebook, prompts, ranking, variants
 from .campaign import Campaign, Plan, stored, unfinished
 from .variants import STOCK, Variant
