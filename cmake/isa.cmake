@@ -12,12 +12,16 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   set(MOEFUSE_FLAGS_neon -march=armv8.2-a+dotprod+fp16)
 endif()
 
+set(MOEFUSE_KERNELS_AT -O3)
+if(MOEFUSE_SANITIZE)  # the sanitizers' own -O1: three minutes less of the compiler
+  set(MOEFUSE_KERNELS_AT)
+endif()
 set(MOEFUSE_ISA_OBJECTS)
 foreach(isa ${MOEFUSE_ISAS})
   add_library(moefuse_${isa} OBJECT src/cpu/isa.cpp)
   target_compile_definitions(moefuse_${isa} PRIVATE MOEFUSE_ISA=${isa})
   target_include_directories(moefuse_${isa} PRIVATE src include)
-  target_compile_options(moefuse_${isa} PRIVATE -O3 ${MOEFUSE_FLAGS_${isa}} -Wno-psabi
+  target_compile_options(moefuse_${isa} PRIVATE ${MOEFUSE_KERNELS_AT} ${MOEFUSE_FLAGS_${isa}} -Wno-psabi
       -Wno-maybe-uninitialized)  # GCC 12 warns about its own AVX-512 headers
   list(APPEND MOEFUSE_ISA_OBJECTS $<TARGET_OBJECTS:moefuse_${isa}>)
   string(TOUPPER ${isa} name)

@@ -525,6 +525,18 @@ def rerun(
         raise typer.Exit(1)
 
 
+def _chat(tokenizer, prompt: str):
+    """The prompt as the first message of a chat; a template is a program of the checkpoint's."""
+    message = {"role": "user", "content": prompt}
+    try:
+        return tokenizer.apply_chat_template([message], add_generation_prompt=True)
+    except Exception as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise LabError(
+            f"[generate] --chat: expected a template that takes the prompt, got {first}"
+        ) from error
+
+
 @app.command(epilog='Example: moefuse generate models/qwen3-moe-tiny --prompt "The list type"')
 @_guarded
 def generate(
@@ -557,11 +569,7 @@ def generate(
     if not prompt:
         raise LabError("[generate] --prompt: expected text, got an empty string")
     loaded, tokenizer = checkpoint.load(checkpoint.inspect(model))
-    text = prompt
-    if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True
-        )
+    text = _chat(tokenizer, prompt) if chat else prompt
     mx.random.seed(seed)
     sampling = {
         "sampler": make_sampler(temp=temp, top_p=top_p, min_p=min_p, top_k=top_k),

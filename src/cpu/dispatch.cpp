@@ -96,4 +96,9 @@ int num_threads() {
   return threads;
 }
 
+void check_settings() {
+  kernels();
+  num_threads();
+}
+
 }  // namespace moefuse::cpu

@@ -105,4 +105,7 @@ const Kernels& kernels();
 // Threads used by the ops: MOEFUSE_NUM_THREADS, else OpenMP's own choice, else one a core.
 int num_threads();
 
+// Throws what the two above would: called before there are threads or a stream to throw in.
+void check_settings();
+
 }  // namespace moefuse::cpu

@@ -116,6 +116,7 @@ CpuStep<A>::Worker::Worker(const Plan& plan, Shared& shared, int thread)
 template <class A>
 CpuStep<A>::CpuStep(const Plan& plan, Accumulate accumulate)
     : plan_(converted<A>(plan)), times_(plan.stages.size()) {
+  cpu::check_settings();
   shared_ = std::make_unique<Shared>(plan_, accumulate, cpu::num_threads());
   for (int t = 0; t < shared_->team.threads(); ++t)
     workers_.push_back(std::make_unique<Worker>(plan_, *shared_, t));

@@ -3,8 +3,10 @@
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "metal/launch.h"
+#include "mlx/backend/common/utils.h"
 
 namespace moefuse {
 
@@ -155,10 +157,40 @@ void check_indices(const std::string& op, const uint32_t* indices, int64_t size,
   }
 }
 
+namespace {
+
+template <class T>
+void check_strided(const std::string& op, const mx::array& indices, int experts) {
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const T value = indices.data<T>()[mx::elem_to_loc(static_cast<int>(i), indices)];
+    if (std::cmp_less(value, 0) || std::cmp_greater_equal(value, experts))
+      fail(op, "indices[" + std::to_string(i) + "]", "less than " + std::to_string(experts),
+           std::to_string(value));
+  }
+}
+
+}  // namespace
+
 void check_known_indices(const std::string& op, const mx::array& indices, int experts) {
-  const bool words = indices.dtype() == mx::uint32 || indices.dtype() == mx::int32;
-  if (words && indices.is_available() && indices.flags().row_contiguous)
-    check_indices(op, indices.data<uint32_t>(), static_cast<int64_t>(indices.size()), experts);
+  if (!indices.is_available()) return;
+  switch (indices.dtype().val()) {
+    case mx::Dtype::Val::uint8:
+      return check_strided<uint8_t>(op, indices, experts);
+    case mx::Dtype::Val::uint16:
+      return check_strided<uint16_t>(op, indices, experts);
+    case mx::Dtype::Val::uint32:
+      return check_strided<uint32_t>(op, indices, experts);
+    case mx::Dtype::Val::uint64:
+      return check_strided<uint64_t>(op, indices, experts);
+    case mx::Dtype::Val::int8:
+      return check_strided<int8_t>(op, indices, experts);
+    case mx::Dtype::Val::int16:
+      return check_strided<int16_t>(op, indices, experts);
+    case mx::Dtype::Val::int32:
+      return check_strided<int32_t>(op, indices, experts);
+    default:
+      return check_strided<int64_t>(op, indices, experts);
+  }
 }
 
 void count(const std::string& op, const std::string& how) {
@@ -169,7 +201,10 @@ void count(const std::string& op, const std::string& how) {
 Path choose_path(const std::string& op, mx::StreamOrDevice s, const std::string& metal_refusal) {
   const bool on_metal = metal::serves(s);
   if (on_metal && metal_refusal.empty()) return Path::metal;
-  if (!on_metal && mx::to_stream(s).device == mx::Device::cpu) return Path::cpu;
+  if (!on_metal && mx::to_stream(s).device == mx::Device::cpu) {
+    cpu::check_settings();
+    return Path::cpu;
+  }
   count(op, "stock: " + (on_metal ? metal_refusal : "no kernel for this GPU"));
   return Path::stock;
 }

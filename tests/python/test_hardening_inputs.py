@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +18,7 @@ from lab_support import tiny  # noqa: F401
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from moefuse import _core, cli, step
-from moefuse.lab import LabError, checkpoint
+from moefuse.lab import LabError, checkpoint, synth
 from patch_support import FAMILIES, VOCAB, same_bits
 from patch_support import tiny as tiny_model
 from typer.testing import CliRunner
@@ -80,6 +82,32 @@ def test_a_tokenizer_of_another_model(copy):
     message = rf"\[tokenizer\] tiny: expected tokens 0 to {config['vocab_size'] - 1} .*, got 400"
     with pytest.raises(LabError, match=message):
         checkpoint.load(checkpoint.inspect(copy))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in %}", "[generate] --chat: expected a template that takes the prompt"),
+        (b"\xff", "[tokenizer] tiny: expected files that transformers reads"),
+        ("{{ 1 / 0 }}", "[generate] --chat: expected a template that takes the prompt"),
+        ("{{ raise_exception('no users') }}", "[generate] --chat: expected a template"),
+        ("{{ messages.__class__.__mro__ }}", "[generate] --chat: expected a template"),
+    ],
+)
+def test_chat_templates(copy, template, message):
+    path = copy / "chat_template.jinja"
+    path.write_bytes(template if isinstance(template, bytes) else template.encode())
+    result = runner.invoke(cli.app, ["generate", str(copy), "--prompt", "A list", "--chat"])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and message in said, said
+
+
+@pytest.mark.parametrize("content", [HALF, "[]", '{"model": {"vocab": {}}}', '{"model": []}'])
+def test_a_tokenizer_that_a_synthetic_checkpoint_cannot_take(copy, tmp_path, content):
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text()[:500] if content is HALF else content)
+    with pytest.raises(LabError, match=r"\[synth\] tokenizer: expected a vocabulary in tiny/"):
+        synth.write("qwen3-30b-a3b", 1, tmp_path / "new", tokenizer=copy)
 
 
 # -- files that change after they were checked ---------------------------------------------------
@@ -182,6 +210,31 @@ def test_spoilt_checkpoints(tiny, tmp_path):  # noqa: F811
             error.add_note(f"case {case}")
             raise
     assert refused > CASES // 20
+
+
+def test_spoilt_tokenizers(copy):
+    """Each turns a text into tokens of the model and back, or is refused by name."""
+    found = checkpoint.inspect(copy)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    refused = 0
+    for case in range(CASES // 3):
+        rng = np.random.default_rng([20261127, case])
+        path = copy / names[rng.integers(len(names))]
+        good = path.read_bytes()
+        spoil_file(path, rng)
+        try:
+            tokenizer = checkpoint.read_tokenizer(found)
+            ids = tokenizer.encode("A list holds items in order.")
+            assert all(0 <= i < found.config["vocab_size"] for i in ids)
+            assert isinstance(tokenizer.decode(ids), str)
+        except LabError as error:
+            refused += 1
+            assert NAMED.match(str(error)) and "[tokenizer] " in str(error), (case, error)
+        except BaseException as error:
+            error.add_note(f"case {case}")
+            raise
+        path.write_bytes(good)
+    assert CASES // 20 < refused < CASES // 3
 
 
 # -- a plan whose configuration does not suit the weights ----------------------------------------
@@ -299,6 +352,51 @@ def test_a_token_outside_the_vocabulary(token):
     mx.eval(caches)
     with pytest.raises(ValueError, match=r"^\[step\] .*expected .*, got "):
         decoder.step([(token, 0, 0, 0, 0)], *caches)
+
+
+@pytest.mark.parametrize("setting", ["MOEFUSE_ISA", "MOEFUSE_NUM_THREADS"])
+@pytest.mark.parametrize("what", ["op", "step"])
+def test_settings_that_do_not_exist(setting, what):
+    """At the call: a thread of the step, or MLX's stream, has nobody to tell."""
+    code = """if True:
+        import sys
+        import mlx.core as mx, moefuse
+        from moefuse import _core, step
+        from patch_support import tiny
+        from mlx.utils import tree_flatten
+        mx.set_default_device(mx.cpu)
+        try:
+            if sys.argv[1] == "op":
+                moefuse.moe_combine_weighted_sum_fp32_no_fma(mx.ones((1, 2, 64)), mx.ones((1, 2)))
+            else:
+                model = tiny("qwen")
+                weights = dict(tree_flatten(model.parameters()))
+                _core.Decoder(step._config(model), weights, "exact")
+        except ValueError as error:
+            print(error)
+    """
+    environment = os.environ | {setting: "none", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, what]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert re.match(rf"^\[moefuse\] {setting}: expected .*, got none", run.stdout), run.stdout
+
+
+@pytest.mark.parametrize("bad", [6, -1, 2**32 + 1])
+@pytest.mark.parametrize("strided", [False, True])
+def test_indices_that_are_known_are_refused_at_the_call(bad, strided):
+    """Whatever their dtype and strides: 2**32 + 1 is not expert 1."""
+    indices = mx.array([[0, 0], [1, bad]], dtype=mx.int64)
+    mx.eval(indices)
+    if strided:
+        indices = indices.T
+        mx.eval(indices)
+    with mx.stream(mx.cpu):
+        w = mx.quantize(mx.ones((6, 64, 64)), 64, 4)
+        with pytest.raises(ValueError, match=rf"indices\[3\]: expected less than 6, got {bad}$"):
+            moefuse.moe_gather_qmm_swiglu_downproj_combine(
+                mx.ones((2, 64)), w, w, w, indices, mx.ones((2, 2)), group_size=64, bits=4
+            )
 
 
 # -- an error that MLX hands on is not the last thing a process does -----------------------------

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mlx_lm.utils import load_tokenizer
-
 from . import LabError, capsule, checkpoint, files, ledger, notebook, prompts, ranking, variants
 from .campaign import Campaign, Plan, stored, unfinished
 from .variants import STOCK, Variant
@@ -43,10 +41,10 @@ def prepare(out: Path) -> None:
 def check_inputs(
     found: checkpoint.Checkpoint, plan: Plan, prompt_file: Path | None, root: Path
 ) -> None:
-    """Raise on tensors that contradict the config, or unfit prompts, before a file is written."""
+    """Raise on tensors or a tokenizer that contradict the config, or unfit prompts."""
     checkpoint.load_weights(found, lazy=True)
     path = prompt_file or prompts.find_file(found.path, root)
-    prompts.load(load_tokenizer(found.path), path, plan.prompt_limit)
+    prompts.load(checkpoint.read_tokenizer(found), path, plan.prompt_limit)
 
 
 def open_campaign(

@@ -321,12 +321,17 @@ def _check_tokenizer_files(folder: Path) -> None:
             raise LabError(f"[tokenizer] {name}: expected an object, got {type(found).__name__}")
 
 
-def _load_tokenizer(checkpoint: Checkpoint, config: dict):
-    """mlx-lm's tokenizer; what is wrong with its files is a LabError, whoever found it."""
+def read_tokenizer(checkpoint: Checkpoint, config: dict | None = None):
+    """mlx-lm's tokenizer; what is wrong with its files is a LabError, whoever found it.
+
+    config: as mlx-lm has read it, where it has.
+    """
+    config = config or checkpoint.config
     _check_tokenizer_files(checkpoint.path)
     try:
         found = load_tokenizer(checkpoint.path, eos_token_ids=config.get("eos_token_id"))
         last = max(found.get_vocab().values(), default=-1)
+        found.decode(found.encode("a text"))  # some settings are only looked at here
     except Exception as error:  # the tokenizers package raises bare ones
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise LabError(
@@ -361,7 +366,7 @@ def load(checkpoint: Checkpoint):
     checkpoint.require_unchanged()
     _check_memory(checkpoint.name, sum(f.stat().st_size for f in checkpoint.weight_files))
     model, config = _load(checkpoint, lazy=True)
-    tokenizer = _load_tokenizer(checkpoint, config)
+    tokenizer = read_tokenizer(checkpoint, config)
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:

@@ -290,9 +290,15 @@ def _copy_tokenizer(source: Path, folder: Path) -> int:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    table = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = [*table["model"]["vocab"].values(), *(t["id"] for t in table.get("added_tokens", []))]
-    return max(ids) + 1
+    try:
+        table = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        added = (token["id"] for token in table.get("added_tokens", []))
+        return max([*table["model"]["vocab"].values(), *added]) + 1
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(
+            f"[synth] tokenizer: expected a vocabulary in {source.name}/tokenizer.json, "
+            f"got {error!r:.200}"
+        ) from None
 
 
 def write(
