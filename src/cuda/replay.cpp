@@ -103,8 +103,11 @@ std::map<std::string, Function>& functions() {
 
 // A function's key: its attributes on a line, then its text.
 std::string key_of(const metal::Call& call) {
-  return call.kernel->cuda_attributes + " __launch_bounds__(" + std::to_string(call.threads) +
-         ", " + std::to_string(call.resident) + ") \n" + text_of(call);
+  const int cluster = call.kernel->cluster;
+  const std::string dims =
+      cluster > 1 ? "__cluster_dims__(" + std::to_string(cluster) + ", 1, 1)" : "";
+  return dims + " __launch_bounds__(" + std::to_string(call.threads) + ", " +
+         std::to_string(call.resident) + ") \n" + text_of(call);
 }
 
 std::string assemble(const std::vector<std::string>& keys, const std::vector<std::string>& names) {
@@ -224,10 +227,12 @@ void Replay::launch_node(Node& node, Stream stream) {
 // least that holds the blocks of the experts' gate and up, which has most of them. Where a cache is
 // long, attention's blocks beside each other are worth more.
 void Replay::split_memory() {
-  constexpr int kCluster = 16, kAll = 228 * 1024, kOfSystem = 1024,
-                kLeast = 7;  // bytes, bytes a block, percent
-  for (const Node& node : nodes_)
-    if (!node.call.kernel->cuda_attributes.empty() && node.call.groups.x > kCluster) return;
+  constexpr int kAll = 228 * 1024, kOfSystem = 1024;  // bytes, and of them for each block
+  constexpr int kLeast = 7;                           // percent
+  for (const Node& node : nodes_) {
+    const int cluster = node.call.kernel->cluster;
+    if (cluster > 1 && node.call.groups.x > cluster) return;
+  }
   for (const Node& node : nodes_) {
     if (node.call.kernel->name != "moefuse_grid_gate_up") continue;
     const auto& g = node.call.groups;
@@ -257,8 +262,7 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
   for (const mx::array& a : borrowed) not_ours.insert(a.id());
   for (Node& node : nodes_) {
     node.function = functions().at(key_of(node.call));
-    if (!node.call.kernel->cuda_attributes.empty())
-      allow_clusters(node.function, node.call.kernel->name);
+    if (node.call.kernel->cluster > 1) allow_clusters(node.function, node.call.kernel->name);
     if (node.call.shared_bytes > 0)
       allow_shared(node.function, node.call.shared_bytes, node.call.kernel->name);
     for (const auto* arrays : {&node.call.inputs, &node.outputs})

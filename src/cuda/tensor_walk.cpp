@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "metal/kernel_table.h"
 #include "metal/metal_ops.h"
 
 namespace moefuse::cuda {
@@ -12,7 +13,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = 8;
 constexpr int kDepth = 4;  // pieces of a warp on their way, of weights that wait for the router
 // As in kernels/attend.h and kernels/stretches.h. As many clusters as an H100 holds at a time.
-constexpr int kCluster = 16, kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
+constexpr int kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
 
 int slices(int columns) {
@@ -186,8 +187,8 @@ void TensorWalk::run(const GroupedAttention& s) {
                       constant(s.scale), angles, places, cache.keys, cache.values},
                      {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
                      {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
-                     {mx::float32, mx::float32}, {kCluster * splits_, s.kv_heads, rows}, kThreads,
-                     batch_bytes(1, 2 * (s.head_dim + 8)), 2);
+                     {mx::float32, mx::float32}, {metal::kCluster * splits_, s.kv_heads, rows},
+                     kThreads, batch_bytes(1, 2 * (s.head_dim + 8)), 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;
@@ -212,15 +213,15 @@ void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
   const int stride = projected.shape(-1), splits = std::min(splits_, kLatentSplits);
-  auto out =
-      outputs("cluster_attention_mla",
-              {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
-               constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
-               stride - s.latent_dim - s.rope_dim},
-              {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
-              {mx::float32, mx::float32}, {kCluster * splits, metal::blocks(s.heads, 8), rows},
-              kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim), 1);
+  auto out = outputs(
+      "cluster_attention_mla",
+      {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
+       constant(s.scale), angles, places, cache.keys, cache.values},
+      {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
+       stride - s.latent_dim - s.rope_dim},
+      {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
+      {mx::float32, mx::float32}, {metal::kCluster * splits, metal::blocks(s.heads, 8), rows},
+      kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim), 1);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;

@@ -6,13 +6,16 @@
 
 namespace moefuse::metal {
 
+// Blocks of a cluster, as in cuda/kernels/attend.h.
+constexpr int kCluster = 16;
+
 struct KernelText {
   std::string name;
   std::vector<std::string> template_names, input_names, output_names;
   // header: dialect and helpers; body: what fast::metal_kernel or fast::cuda_kernel wraps.
   std::string metal_header, metal_body, cuda_header, cuda_body;
-  std::string cuda_attributes;  // of the function, in the step's graph
-  bool waits = false;           // for its inputs itself: CUDA's own texts
+  int cluster = 1;     // blocks along x that meet in a cluster, in CUDA's step
+  bool waits = false;  // for its inputs itself: CUDA's own texts
 };
 
 // Throws std::invalid_argument on a name that is not in the table.

@@ -91,8 +91,9 @@ def check(name: Path) -> list[str]:
     return faults
 
 
-def rows_alone(name: Path) -> list[str]:
-    """Four prompts of one length as a batch, and each alone: greedy tokens of every row."""
+def tell_rows_alone(name: Path) -> None:
+    """Four prompts of one length as a batch, and each alone: told, since MLX's prefill of a batch
+    may differ; that the step's rows do not is step_bench's check."""
     model, tokenizer = load(str(name))
     prompts = [p[:32] for p in prompts_of(tokenizer)[:4]]
     moefuse.patch(model, step=True, accumulate="fp32_no_fma")
@@ -109,15 +110,16 @@ def rows_alone(name: Path) -> list[str]:
     together, apart = greedy(prompts), [greedy([p])[0] for p in prompts]
     moefuse.unpatch(model)
     same = sum(a == b for a, b in zip(together, apart, strict=True))
-    print(f"{name.name}: {same} of 4 rows of a batch as alone (prefill by MLX may differ)")
-    return []
+    print(f"{name.name}: {same} of 4 rows of a batch as alone")
 
 
 def main() -> None:
     names = [Path(n) for n in sys.argv[1:]] or sorted(
         p.parent for p in MODELS.glob("*/config.json")
     )
-    faults = [f"{n.name}: {f}" for n in names for f in [*check(n), *rows_alone(n)]]
+    faults = [f"{n.name}: {f}" for n in names for f in check(n)]
+    for name in names:
+        tell_rows_alone(name)
     print("\n".join(faults) if faults else "generations: no fault")
     sys.exit(bool(faults))
 

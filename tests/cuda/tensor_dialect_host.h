@@ -164,10 +164,6 @@ float half_of(uint word, uint which) {
   return float(std::bit_cast<T>(uint16_t(word >> 16 * which)));
 }
 template <typename T>
-uint pack_halves(float a, float b) {
-  return uint(std::bit_cast<uint16_t>(T(a))) | uint(std::bit_cast<uint16_t>(T(b))) << 16;
-}
-template <typename T>
 uint load_two(const emulator::Shared<T>& p, emulator::Where where = {}) {
   if (p.offset() % 2 != 0) emulator::fail(where, "misaligned pair");
   p.block().on_read(emulator::At(p.offset() / 2, where.file, where.line), 4);

@@ -28,6 +28,26 @@ void expect_caught(uint threads, uint cluster, const std::function<void()>& kern
   }
 }
 
+// Two blocks, and what each has for a float from both.
+struct Parts {
+  emulator::Shared<float> floats;
+  emulator::Shared<Arrivals> arrivals;
+
+  void send() const {
+    if (thread_id < 2) send_part(floats + group_x, arrivals, thread_id, 1.0f);
+  }
+};
+Parts expected_parts() {
+  SHARED_ARRAY(float, parts, 2);
+  SHARED_ARRAY(Arrivals, arrivals, 1);
+  if (thread_id == 0) expect_parts(arrivals, 8);
+  return {parts, arrivals};
+}
+void meet() {
+  cluster_arrive();
+  cluster_wait();
+}
+
 // 16 x 16 times 16 x 8, the first read as tiles, the second turned.
 TEST(TensorDialect, MultipliesTiles) {
   std::vector<T> a(16 * 16), b(16 * 8);
@@ -91,17 +111,13 @@ TEST(TensorDialect, CatchesAPartThatNobodyWaitedFor) {
   expect_caught(
       32, 2,
       [] {
-        SHARED_ARRAY(float, parts, 2);
-        SHARED_ARRAY(Arrivals, arrivals, 1);
-        if (thread_id == 0) expect_parts(arrivals, 8);
-        cluster_arrive();
-        cluster_wait();
-        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
-        cluster_arrive();
-        cluster_wait();
-        const float seen = parts[0];
+        const Parts parts = expected_parts();
+        meet();
+        parts.send();
+        meet();
+        const float seen = parts.floats[0];
         (void)seen;
-        wait_for_parts(arrivals);
+        wait_for_parts(parts.arrivals);
       },
       "before the same barrier");
 }
@@ -110,13 +126,10 @@ TEST(TensorDialect, CatchesAPartToABlockThatMayHaveEnded) {
   expect_caught(
       32, 2,
       [] {
-        SHARED_ARRAY(float, parts, 2);
-        SHARED_ARRAY(Arrivals, arrivals, 1);
-        if (thread_id == 0) expect_parts(arrivals, 8);
-        cluster_arrive();
-        cluster_wait();
-        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
-        if (group_x == 0) wait_for_parts(arrivals);
+        const Parts parts = expected_parts();
+        meet();
+        parts.send();
+        if (group_x == 0) wait_for_parts(parts.arrivals);
       },
       "may have ended");
 }
@@ -125,13 +138,11 @@ TEST(TensorDialect, CatchesAPartBeforeTheBlocksMet) {
   expect_caught(
       32, 2,
       [] {
-        SHARED_ARRAY(float, parts, 2);
-        SHARED_ARRAY(Arrivals, arrivals, 1);
-        if (thread_id == 0) expect_parts(arrivals, 8);
+        const Parts parts = expected_parts();
         cluster_arrive();
-        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
+        parts.send();
         cluster_wait();
-        wait_for_parts(arrivals);
+        wait_for_parts(parts.arrivals);
       },
       "may not expect");
 }
@@ -140,16 +151,14 @@ TEST(TensorDialect, CatchesAPartOverWhatMayStillBeRead) {
   expect_caught(
       32, 2,
       [] {
-        SHARED_ARRAY(float, parts, 2);
-        SHARED_ARRAY(Arrivals, arrivals, 1);
-        if (thread_id == 0) expect_parts(arrivals, 8);
-        if (thread_id < 2) parts[thread_id] = 0.0f;
+        const Parts parts = expected_parts();
+        if (thread_id < 2) parts.floats[thread_id] = 0.0f;
         cluster_arrive();
-        const float seen = thread_id < 2 ? float(parts[thread_id]) : 0.0f;  // after arriving
+        const float seen = thread_id < 2 ? float(parts.floats[thread_id]) : 0.0f;  // after arriving
         (void)seen;
         cluster_wait();
-        if (thread_id < 2) send_part(parts + group_x, arrivals, thread_id, 1.0f);
-        wait_for_parts(arrivals);
+        parts.send();
+        wait_for_parts(parts.arrivals);
       },
       "race");
 }
@@ -160,8 +169,7 @@ TEST(TensorDialect, CatchesPartsThatNeverCome) {
       [] {
         SHARED_ARRAY(Arrivals, arrivals, 1);
         if (thread_id == 0) expect_parts(arrivals, 4);
-        cluster_arrive();
-        cluster_wait();
+        meet();
         wait_for_parts(arrivals);
       },
       "forever");
@@ -172,8 +180,7 @@ TEST(TensorDialect, CatchesABlockThatLeavesItsCluster) {
       32, 2,
       [] {
         if (group_x == 1) return;
-        cluster_arrive();
-        cluster_wait();
+        meet();
       },
       "has ended");
 }

@@ -6,7 +6,6 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "kernels.h"
@@ -135,11 +134,6 @@ EMULATED_KERNELS(COLLECT)
 #undef IN
 #undef OUT
 
-// As the launch has it on CUDA.
-inline uint cluster_of(std::string_view name) {
-  return name.starts_with("cluster_") ? 16 : 1;
-}
-
 // run_NAME<Params>(call, sizes, order)
 #define RUN(name, signature)                                                             \
   template <class Params>                                                                \
@@ -151,7 +145,7 @@ inline uint cluster_of(std::string_view name) {
     const auto& g = call.groups;                                                         \
     emulator::dispatch(                                                                  \
         {uint(g.x), uint(g.y), uint(g.z)}, call.threads, order, [&kernel] { kernel(); }, \
-        cluster_of(#name));                                                              \
+        uint(call.kernel->cluster));                                                     \
     return collect_##name<Params>(call, store);                                          \
   }
 EMULATED_KERNELS(RUN)

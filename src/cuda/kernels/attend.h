@@ -1,6 +1,6 @@
 // Attention of eight query heads to one stretch of a cache by a cluster of 16 blocks, on the tensor
-// cores. A block has a sixteenth of the positions, kBatch of them at a time in shared memory and as
-// many on their way. Each warp scores 16 positions, then sums every eighth 16 dimensions of the
+// cores. A block has a sixteenth of the positions, kBatch of them at a time in shared memory. Each
+// warp scores 16 positions, then sums every eighth 16 dimensions of the
 // values: no warp waits for another's sums, and the blocks' meet once, at the end.
 #pragma once
 
@@ -51,12 +51,17 @@ FUNC void put_newest(const Floats<N>& latent, P latents, const Floats<R>& rotate
 
 // Of a stretch the positions that a block has: [begin, end); the newest of all is the owner's last.
 struct Positions {
-  uint begin, end, cached;
+  uint begin, end;
   bool owner;
 };
 FUNC Positions positions_of(uint cached, uint block, uint blocks) {
   uint all = cached + 1u;
-  return {all * block / blocks, all * (block + 1u) / blocks, cached, block == blocks - 1u};
+  return {all * block / blocks, all * (block + 1u) / blocks, block == blocks - 1u};
+}
+
+// Of `count` positions that are left the next batch's tiles.
+FUNC uint tiles_of(uint count) {
+  return count < uint(kBatch) ? (count + 15u) / 16u : uint(kTiles);
 }
 
 // 16 positions of D dimensions at keys, PITCH apart as the eight heads at queries; `valid` of them
@@ -173,6 +178,21 @@ FUNC void add_values(ClusterAttended<D>& a, P values, P high, P low, F stats, ui
       }
     }
   }
+}
+
+// A batch of `count` positions or fewer that every thread has put its part of into shared memory:
+// keys of KEY dimensions and values of D.
+template <typename T, int KEY, int D, int PITCH, typename P, typename F>
+FUNC void attend_batch(ClusterAttended<D>& a, P keys, P values, P queries, P high, P low, F stats,
+                       float scale, uint count, uint warp, uint lane) {
+  uint tiles = tiles_of(count), tile = 16u * warp;
+  group_barrier();
+  if (warp < tiles) {
+    score_tile<T, KEY, PITCH>(keys + tile * PITCH, queries, high + tile, low + tile, stats + tile,
+                              scale, count - tile, lane);
+  }
+  group_barrier();
+  add_values<T, D, PITCH>(a, values, high, low, stats, tiles, warp, lane);
 }
 
 // Each head's part to the block of that rank: gathered [kCluster][D], stats [kCluster][2].

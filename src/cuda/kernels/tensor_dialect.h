@@ -62,11 +62,7 @@ FUNC Words<4> load_stream(const uint* p, uint at) {
   return w;
 }
 
-// 16 bytes, in whatever memory they are.
-template <typename T>
-FUNC Words<4> load_eight(const T* p) {
-  return *reinterpret_cast<const Words<4>*>(p);
-}
+// Two halves, aligned to both.
 template <typename T>
 FUNC uint load_two(const T* p) {
   return *reinterpret_cast<const uint*>(p);
@@ -81,6 +77,7 @@ FUNC Words<4> load_coherent(const void* p) {
                : "memory");
   return w;
 }
+
 // The kernel's one array whose size the launch gives.
 #define DYNAMIC_SHARED_ARRAY(type, name, size) \
   extern __shared__ uint4 dynamic_words[];     \
@@ -173,7 +170,7 @@ FUNC Integers<4> multiply_bytes(Integers<4> c, uint a0, uint a1, uint a2, uint a
 
 template <typename T>
 struct Halves;
-#define HALVES(type, name, pack)                                                             \
+#define HALVES(type, name)                                                                   \
   template <>                                                                                \
   struct Halves<type> {                                                                      \
     static FUNC Floats<4> multiply(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint b0, \
@@ -185,23 +182,15 @@ struct Halves;
           : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                           \
       return c;                                                                              \
     }                                                                                        \
-    static FUNC uint packed(float a, float b) {                                              \
-      auto p = pack(a, b);                                                                   \
-      return *reinterpret_cast<uint*>(&p);                                                   \
-    }                                                                                        \
   };
-HALVES(bfloat16_t, "bf16", __floats2bfloat162_rn)
-HALVES(float16_t, "f16", __floats2half2_rn)
+HALVES(bfloat16_t, "bf16")
+HALVES(float16_t, "f16")
 #undef HALVES
 
 // 16 x 16 times 16 x 8 of T, plus c.
 template <typename T>
 FUNC Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
   return Halves<T>::multiply(c, a0, a1, a2, a3, b0, b1);
-}
-template <typename T>
-FUNC uint pack_halves(float a, float b) {
-  return Halves<T>::packed(a, b);
 }
 // Four 8 x 8 tiles of halves from shared memory, as they are or transposed: lane 8 i + r names row
 // r of tile i.
