@@ -7,6 +7,7 @@
 
 #include "metal/launch.h"
 #include "mlx/backend/common/utils.h"
+#include "mlx/dtype_utils.h"
 
 namespace moefuse {
 
@@ -149,48 +150,29 @@ cpu::Arithmetic cpu_arithmetic(Accumulate accumulate, mx::Dtype dtype) {
           accumulate == Accumulate::fp32 ? cpu::Dot::fma : cpu::Dot::separate};
 }
 
-void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts) {
-  for (int64_t i = 0; i < size; ++i) {
-    if (indices[i] >= static_cast<uint32_t>(experts))
-      fail(op, "indices[" + std::to_string(i) + "]", "less than " + std::to_string(experts),
-           std::to_string(static_cast<int32_t>(indices[i])));
-  }
-}
-
 namespace {
 
 template <class T>
-void check_strided(const std::string& op, const mx::array& indices, int experts) {
-  for (size_t i = 0; i < indices.size(); ++i) {
-    const T value = indices.data<T>()[mx::elem_to_loc(static_cast<int>(i), indices)];
-    if (std::cmp_less(value, 0) || std::cmp_greater_equal(value, experts))
-      fail(op, "indices[" + std::to_string(i) + "]", "less than " + std::to_string(experts),
-           std::to_string(value));
-  }
+void check_index(const std::string& op, int64_t i, T value, int experts) {
+  if (std::cmp_less(value, 0) || std::cmp_greater_equal(value, experts))
+    fail(op, "indices[" + std::to_string(i) + "]", "less than " + std::to_string(experts),
+         std::to_string(value));
 }
 
 }  // namespace
 
+// A negative index has come here as its 32 bits.
+void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts) {
+  for (int64_t i = 0; i < size; ++i) check_index(op, i, static_cast<int32_t>(indices[i]), experts);
+}
+
 void check_known_indices(const std::string& op, const mx::array& indices, int experts) {
   if (!indices.is_available()) return;
-  switch (indices.dtype().val()) {
-    case mx::Dtype::Val::uint8:
-      return check_strided<uint8_t>(op, indices, experts);
-    case mx::Dtype::Val::uint16:
-      return check_strided<uint16_t>(op, indices, experts);
-    case mx::Dtype::Val::uint32:
-      return check_strided<uint32_t>(op, indices, experts);
-    case mx::Dtype::Val::uint64:
-      return check_strided<uint64_t>(op, indices, experts);
-    case mx::Dtype::Val::int8:
-      return check_strided<int8_t>(op, indices, experts);
-    case mx::Dtype::Val::int16:
-      return check_strided<int16_t>(op, indices, experts);
-    case mx::Dtype::Val::int32:
-      return check_strided<int32_t>(op, indices, experts);
-    default:
-      return check_strided<int64_t>(op, indices, experts);
-  }
+  mx::dispatch_int_types(indices.dtype(), op, [&](auto type) {
+    const auto* values = indices.data<MLX_GET_TYPE(type)>();
+    for (int i = 0; i < static_cast<int>(indices.size()); ++i)
+      check_index(op, i, values[mx::elem_to_loc(i, indices)], experts);
+  });
 }
 
 void count(const std::string& op, const std::string& how) {

@@ -63,9 +63,8 @@ cpu::Arithmetic cpu_arithmetic(Accumulate accumulate, mx::Dtype dtype);
 // Throws std::invalid_argument when an index is outside [0, experts).
 void check_indices(const std::string& op, const uint32_t* indices, int64_t size, int experts);
 // The same at the call, where the values are there already, of any integer dtype and strides. What
-// is thrown later, in a stream, is
-// handed on by MLX's evaluation, which then loses count of its tasks (MLX 0.32.4): a process that
-// meets it dozens of times may wait for ever.
+// is thrown later, in a stream, is handed on by MLX's evaluation, which then loses count of its
+// tasks (MLX 0.32.4): a process that meets it dozens of times may wait for ever.
 void check_known_indices(const std::string& op, const mx::array& indices, int experts);
 
 void count(const std::string& op, const std::string& how);
