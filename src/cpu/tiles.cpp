@@ -43,9 +43,17 @@ struct TileScope {
   ~TileScope() { _tile_release(); }
 };
 
-// Tiles 0 to 3, or the first two: the sums of up to 32 heads.
+// Tiles 0 to 3, or the first two: the sums of up to 32 heads, from zero or from c.
 template <int kHeadGroups>
-inline void load_sums(const float* c) {
+inline void begin_sums(bool first, const float* c) {
+  memory_is_written();
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
   _tile_loadd(0, c, 64);
   _tile_loadd(1, c + kTile / 4, 64);
   if constexpr (kHeadGroups == 2) {
@@ -123,15 +131,7 @@ void queries_as_tiles(const float* q, int heads, int dim, char* out) {
 template <int kHeadGroups>
 inline void add_scores(const char* rows, int64_t bytes, const char* queries, int64_t group,
                        int steps, bool first, float* c) {
-  memory_is_written();
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    load_sums<kHeadGroups>(c);
-  }
+  begin_sums<kHeadGroups>(first, c);
   for (int s = 0; s < steps; ++s, rows += kStep * 2, queries += kParts * kTile) {
     for (int r = 0; r < 2 * kLanes; ++r) __builtin_prefetch(rows + (kBlock + r) * bytes, 0, 2);
     _tile_loadd(4, rows, bytes);
@@ -236,15 +236,7 @@ template <int kHeadGroups>
 inline void add_columns(const uint16_t* weights, const char* columns, int steps, bool first,
                         float* c) {
   constexpr int kPart = kLanes * kBlock, kGroup = kParts * kPart;
-  memory_is_written();
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    load_sums<kHeadGroups>(c);
-  }
+  begin_sums<kHeadGroups>(first, c);
   for (int s = 0; s < steps; ++s, columns += kTile, weights += kStep) {
     _tile_loadd(6, columns, 64);
     _tile_loadd(7, columns + kBlock / kStep * kTile, 64);
