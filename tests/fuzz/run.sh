@@ -33,8 +33,8 @@ for target in ${MOEFUSE_FUZZ:-load plan}; do
     load) options="-max_len=4096 -dict=tests/fuzz/load.dict" ;;
     plan) options="-max_len=128" ;;
   esac
-  # An allocation of 64 MB, or two seconds, is out of all proportion. A finding ends with libFuzzer's
-  # own 77 otherwise, which is how this script says that it was skipped.
+  # An allocation of 64 MB, or two seconds, is out of all proportion. libFuzzer ends a finding with
+  # 77, with which this script would say that it was skipped.
   $fixed $build/tests/fuzz/fuzz_$target -runs="$runs" $options -malloc_limit_mb=64 -timeout=2 \
     -rss_limit_mb=2048 -artifact_prefix=$build/ -print_final_stats=1 "$@" \
     $build/corpus-$target $build/seeds-$target || exit 1

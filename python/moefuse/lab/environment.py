@@ -90,7 +90,7 @@ def gpu() -> dict | None:
 
 
 def _nvidia_smi() -> dict[str, str]:
-    """Driver, CUDA version and limits by nvidia-smi; nothing where there is none."""
+    """The driver's version and the limits, by nvidia-smi; nothing where there is none."""
     fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
     try:
         done = subprocess.run(

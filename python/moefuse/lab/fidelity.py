@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 
 from . import LabError
 from .checkpoint import Checkpoint, load_weights
-from .measure import prefill
+from .measure import PREFILL_CHUNK, prefill
 from .prompts import Prompt
 from .stats import mean_interval
 
@@ -77,7 +77,7 @@ def window(prompt: str, matched: int, total: int, chunk: int = CHUNK) -> Window:
 
 
 def forced_logits(
-    model, prompt: Sequence[int], tokens: Sequence[int], at: Window, chunk: int = 2048
+    model, prompt: Sequence[int], tokens: Sequence[int], at: Window, chunk: int = PREFILL_CHUNK
 ) -> np.ndarray:
     """Logits [count, vocab], float32, for the given window of `tokens` after `prompt`."""
     prefix = [*prompt, *tokens[: at.start]]
@@ -229,7 +229,7 @@ class Oracle:
         """(stock logits, oracle logits) by prompt name; the model must be unpatched."""
         missing = [at for at in windows.values() if at not in self._seen]
         reference = load_oracle(self.checkpoint, self.model) if missing else None
-        chunk = ORACLE_GPU_CHUNK if mx.default_device().type == mx.gpu else 2048
+        chunk = ORACLE_GPU_CHUNK if mx.default_device().type == mx.gpu else PREFILL_CHUNK
         for at in missing:
             case = (prompts[at.prompt].ids, tokens[at.prompt], at)
             self._seen[at] = (

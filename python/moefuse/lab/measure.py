@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 WARMUP_TOKENS = 4
+PREFILL_CHUNK = 2048  # prompt tokens at once, as mlx-lm has it
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def copy_cache(model, cache: list) -> list:
     return fresh
 
 
-def prefill(model, prompt: Sequence[int], chunk: int = 2048) -> tuple[list, float]:
+def prefill(model, prompt: Sequence[int], chunk: int = PREFILL_CHUNK) -> tuple[list, float]:
     """Cache holding all but the last prompt token, and the seconds that took."""
     cache = make_prompt_cache(model)
     ids = mx.array(list(prompt[:-1]))
