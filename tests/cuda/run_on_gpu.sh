@@ -9,7 +9,7 @@ command -v nvidia-smi >/dev/null || { echo "skipped: no NVIDIA driver on this ma
 bench=build/$(uname -s)-$(uname -m)/benchmarks/step_bench
 python=${MOEFUSE_VENV:-.venv}/bin/python
 for family in qwen glm; do
-  case ${1:-all} in check | all) $bench $family check layers=2 ;; esac
+  case ${1:-all} in check | all) $bench $family check long=10000 layers=2 ;; esac
   case ${1:-all} in time | all) $bench $family time rows=1,4 context=1024,128,16384 ;; esac
   case ${1:-all} in mlx_lm | all)
     PYTHONPATH=python $python benchmarks/cuda/mlx_lm_decode.py $family ;;
