@@ -107,9 +107,9 @@ FUNC void send_sums(const GateShare<T, GROUP, E>& gate, V values, V gathered, A 
 template <int ROWS, int E, int H, typename G, typename P>
 FUNC void store_sums(G gathered, P sums, uint cluster, uint rank, uint thread) {
   constexpr uint MINE = sums_of_block(E);
-  for (uint i = thread; i < ROWS * MINE; i += 256u) {
-    uint at = rank * MINE + i % MINE;
-    if (at <= uint(E)) {
+  UNROLL for (uint first = 0; first < ROWS * MINE; first += 256u) {
+    uint i = first + thread, at = rank * MINE + i % MINE;
+    if (i < ROWS * MINE && at <= uint(E)) {
       sums[(i / MINE * slices(H) + cluster) * (E + 1) + at] =
           sum_slices<kCluster, ROWS * MINE>(gathered, i);
     }
