@@ -457,12 +457,20 @@ def report(
     stopped: Annotated[
         bool, typer.Option("--stopped", help="Also write up campaigns that a stop cut short.")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--import", help="First take what a folder or .tar.gz holds."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Regenerate RANKING.md from the ledger and its capsules."""
     from .lab import bench as driver
-    from .lab import files, ranking
+    from .lab import files, importer, ranking
 
+    if source and check:
+        raise LabError("[report] --import: expected it without --check, got both")
+    for name in importer.take(source, out) if source else ():
+        _say(f"imported: {name}")
     if not out.is_dir():
         raise LabError(f"[report] {out}: expected a folder with a ledger, got none")
     text, complaints = ranking.render(out)

@@ -1,5 +1,7 @@
 """The gate: right verdicts on made-up logits, and real damage caught on a real model."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -61,10 +63,32 @@ def test_divergence_from_the_oracle_is_told():
 def test_a_kernel_as_noisy_as_stock_is_rarely_shown_closer():
     """Comparing two rms alone would pass half of these; the interval passes about 1 in 40."""
     draws = RNG.chisquare(50, (200, 2, 64))
-    passed = sum(fidelity.not_worse(stock, variant) for stock, variant in draws)
-    assert passed <= 16  # P < 1e-4 at the 3 % that a bootstrap of 64 positions gives
-    assert all(fidelity.not_worse(stock, 0.5 * variant) for stock, variant in draws)
-    assert not fidelity.not_worse(draws[0, 0, :31], 0.5 * draws[0, 1, :31])  # too few to show it
+    found = [fidelity.shown(stock, variant) for stock, variant in draws]
+    assert found.count("closer") <= 16  # P < 1e-4 at the 3 % a bootstrap of 64 positions gives
+    assert found.count("further") <= 16
+    assert all(fidelity.shown(stock, 0.5 * variant) == "closer" for stock, variant in draws)
+    assert all(fidelity.shown(stock, 2.0 * variant) == "further" for stock, variant in draws)
+    few = draws[0, :, :31]
+    assert fidelity.shown(few[0], 0.5 * few[1]) == "neither"  # too few to show it
+    assert fidelity.shown(draws[0, 0], 2.0 * draws[0, 1], floor=1e6) == "closer"  # no difference
+
+
+@pytest.mark.parametrize(("logits", "verdict"), [(STOCK, "identical"), (FAR, "fail")])
+def test_equal_tokens_fail_where_the_logits_are_shown_further(logits, verdict):
+    tokens = {"p": tuple(range(32))}
+    at = {"p": fidelity.Window("p", 0, 32)}
+    found = fidelity.judge(tokens, tokens, at, {"p": STOCK}, {"p": logits}, {"p": TRUTH})
+    assert (found.verdict, found.matched) == (verdict, 32)
+
+
+def test_what_float32_sums_in_another_order_differ_by_is_no_difference():
+    """A float32 model is its own oracle: its error is zero, and nothing else's can be."""
+    tokens = {"p": tuple(range(32))}
+    at = {"p": fidelity.Window("p", 0, 32)}
+    for size, verdict in ((1e-5, "identical"), (1e-2, "fail")):
+        logits = TRUTH + RNG.normal(0, size, TRUTH.shape)
+        found = fidelity.judge(tokens, tokens, at, {"p": TRUTH}, {"p": logits}, {"p": TRUTH})
+        assert found.verdict == verdict
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -142,6 +166,21 @@ def test_planted_faults_are_caught_and_taken_out(campaign, name):
     assert all(np.array_equal(before[k], np.array(v)) for k, v in after.items())
     again = campaign._generate(campaign.prompts["list"], 40, variants.STOCK, Side())
     assert again.tokens == campaign.stock_tokens("list", 40)
+
+
+def test_a_fault_that_turns_no_token_is_caught_by_its_logits(campaign, monkeypatch):
+    """Damage that turns none of a few tokens, and none at all: the same positions tell which."""
+    small = "every-expert-error:0.03125"
+    plan = campaign.plan
+    monkeypatch.setattr(campaign, "plan", replace(plan, lengths={"short": (3, 1)}))
+    kept = {name: campaign.prompts[name] for name in ("list", "dict")}
+    monkeypatch.setattr(campaign, "prompts", kept)
+    found, none = campaign.check_fault(small), campaign.check_fault(faults.NONE)
+    assert found.matched == found.total == 3 * 2
+    assert found.verdict == "fail" and found.oracle_error["shown"] != "closer"
+    assert none.verdict == "identical" and none.oracle_error["shown"] == "closer"
+    assert found.oracle_error["positions"] == none.oracle_error["positions"] == 2 * plan.chunk
+    assert campaign.check_fault("k-minus-1").oracle_error["positions"] == 2 * plan.chunk
 
 
 def _parameters(model):

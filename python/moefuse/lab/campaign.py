@@ -49,6 +49,7 @@ class Plan:
 
 
 FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
+FAULT_PROMPTS = 2  # whose first positions every planted fault is forced through
 QUICK_PLAN = Plan(
     {"short": (40, 2), "long": (56, 1)}, quick=True, prompt_limit=24, extra_tokens=0, chunk=32
 )
@@ -302,11 +303,7 @@ class Campaign:
         stock = {name: self.stock_tokens(name, len(t)) for name, t in tokens.items()}
         windows = self.oracle.windows(stock, tokens, always)
         base, truth = self.oracle.references(self.prompts, stock, windows)
-        with context():
-            other = {
-                name: fidelity.forced_logits(self.model, self.prompts[name].ids, stock[name], at)
-                for name, at in windows.items()
-            }
+        other = self._forced(context, stock, windows)
         return fidelity.judge(stock, tokens, windows, base, other, truth)
 
     def check_variant(self, variant: Variant, side: Side) -> fidelity.Fidelity:
@@ -328,7 +325,12 @@ class Campaign:
         return self.judge(context, self._worst(side)), self._void(variant, side)
 
     def check_fault(self, name: str, variant: Variant = STOCK) -> fidelity.Fidelity:
-        """Plant a fault under a variant and judge that, prompt by prompt until one fails."""
+        """Plant a fault under a variant and judge it.
+
+        Every fault is forced through the same positions, whether or not it turns a token: it has
+        to be shown at least as close to the oracle as stock. Then its tokens, prompt by prompt
+        until they part, and where they part the rule that every variant meets there.
+        """
         short = prompts.pick(list(self.prompts.values()), long=False)
         count = self.plan.lengths["short"][0]
         plant = partial(faults.planted, self.model, name, short[0].ids)
@@ -338,17 +340,33 @@ class Campaign:
             with plant(), applied(self.model, variant, self.engine):
                 yield
 
+        forced = self._force_beginnings(context, short[:FAULT_PROMPTS])
+        stock: dict[str, tuple[int, ...]] = {}
         tokens: dict[str, tuple[int, ...]] = {}
         for prompt in short:
             with plant():
-                run = self._generate(prompt, count, variant, Side())
-            tokens[prompt.name] = run.tokens
-            if run.tokens == self.stock_tokens(prompt.name, count):
-                continue
-            found = self.judge(context, tokens, always=0)
-            if found.verdict == "fail":
-                return found
-        return self.judge(context, tokens, always=0)
+                tokens[prompt.name] = self._generate(prompt, count, variant, Side()).tokens
+            stock[prompt.name] = self.stock_tokens(prompt.name, count)
+            if tokens[prompt.name] != stock[prompt.name]:
+                break
+        if forced["shown"] != "closer":
+            return fidelity.not_closer(stock, tokens, forced)
+        return replace(self.judge(context, tokens, always=0), oracle_error=forced)
+
+    def _force_beginnings(self, context: Callable, chosen: Sequence[prompts.Prompt]) -> dict:
+        """Errors of the model inside `context()` over the first positions of stock's tokens."""
+        count = max(self.plan.chunk, -(-fidelity.MIN_POSITIONS // len(chosen)))
+        windows = {p.name: fidelity.Window(p.name, 0, count) for p in chosen}
+        stock = {p.name: self.stock_tokens(p.name, count) for p in chosen}
+        base, truth = self.oracle.references(self.prompts, stock, windows)
+        return fidelity.compare(base, self._forced(context, stock, windows), truth)
+
+    def _forced(self, context: Callable, stock: dict, windows: dict) -> dict:
+        with context():
+            return {
+                name: fidelity.forced_logits(self.model, self.prompts[name].ids, stock[name], at)
+                for name, at in windows.items()
+            }
 
     def sensitivity(self, kind: str, variant: Variant = STOCK, smallest: float = 2.0**-12) -> dict:
         """Verdict on ever smaller errors of one of faults.GRADED, halved until one is missed."""
@@ -393,7 +411,7 @@ class Campaign:
         return self._store(STOCK, sides, done, verdict, decision)
 
     def _plant_all(self, beside: Variant | None) -> dict:
-        """What the gate says of every fault, and of those in the weights under `beside` too.
+        """What the gate says of every fault and of none; under `beside`, of those in the weights.
 
         Where stock does not agree with itself the gate may fail stock without any fault; a fault
         under a variant that passes without it is then the only one whose catch means something.
@@ -401,7 +419,11 @@ class Campaign:
         planted = {name: self.check_fault(name) for name in faults.FAULTS}
         found = {
             "faults": {name: f.verdict for name, f in planted.items()},
-            "fault_errors": {name: f.record()["oracle_error"] for name, f in planted.items()},
+            "fault_errors": {
+                name: {**f.record()["oracle_error"], "matched": f.matched, "total": f.total}
+                for name, f in planted.items()
+            },
+            "undamaged": {STOCK.name: self.check_fault(faults.NONE).verdict},
         }
         if beside:
             found["beside"] = beside.name
@@ -410,6 +432,7 @@ class Campaign:
                 found["faults_beside"] = {
                     name: self.check_fault(name, beside).verdict for name in faults.IN_WEIGHTS
                 }
+                found["undamaged"][beside.name] = self.check_fault(faults.NONE, beside).verdict
         return found
 
     def adopt_control(self, stored: dict) -> None:

@@ -171,6 +171,7 @@ FAULTS = {
     "swapped-pair": _swapped_pair,
     "bf16-accumulation": _bf16_accumulation,
 }
+NONE = "none"  # no damage: what the gate says of it tells what its catches are worth
 IN_WEIGHTS = ("wrong-weight", "swapped-pair")  # what a fused step reads, and so can show
 GRADED = {"expert-error": _expert_error, "every-expert-error": _every_expert_error}
 
@@ -182,7 +183,9 @@ def planted(model, name: str, prompt: Sequence[int]) -> Iterator[None]:
     name: one of FAULTS, or one of GRADED with a relative weight error, `expert-error:0.25`.
     """
     base, _, size = name.partition(":")
-    if name in FAULTS:
+    if name == NONE:
+        undo = []
+    elif name in FAULTS:
         undo = FAULTS[name](model, prompt)
     elif base in GRADED:
         undo = GRADED[base](model, prompt, float(size))

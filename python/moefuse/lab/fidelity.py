@@ -24,6 +24,7 @@ from .stats import mean_interval
 CHUNK = 64  # forced positions per prompt
 ORACLE_GPU_CHUNK = 7  # prompt tokens at once: from 8 on MLX compiles other float32 kernels there
 MIN_POSITIONS = 32  # fewer show nothing: their interval is too narrow by far
+RESOLUTION = 2.0**-12  # of the logits' deviation: the oracle's own float32 sums say no more
 VERDICTS = ("identical", "closer", "fail")
 
 
@@ -58,7 +59,8 @@ class Fidelity:
         found["per_prompt"] = list(found["per_prompt"])
         if self.oracle_error:  # JSON has no infinity or NaN
             found["oracle_error"] = {
-                k: v if np.isfinite(v) else None for k, v in self.oracle_error.items()
+                k: None if isinstance(v, float) and not np.isfinite(v) else v
+                for k, v in self.oracle_error.items()
             }
         return found
 
@@ -141,16 +143,37 @@ def _at_divergence(stock: np.ndarray, error: np.ndarray) -> tuple[float, float]:
     return float(first - second), float(np.abs(error).max())
 
 
-def not_worse(stock_errors: np.ndarray, variant_errors: np.ndarray) -> bool:
-    """Whether the variant's mean squared error is shown to be no larger than stock's.
+def shown(stock_errors: np.ndarray, variant_errors: np.ndarray, floor: float = 0.0) -> str:
+    """What the squared errors show of the variant: `closer` (no larger than stock's), `further`
+    or `neither`; errors below `floor` are not told apart.
 
-    A smaller rms alone would pass half of all kernels that are as noisy as stock, so the upper
-    end of the paired bootstrap interval of the difference has to be at most zero.
+    A smaller rms alone would pass half of all kernels that are as noisy as stock, so the whole
+    paired bootstrap interval of the difference has to lie on one side of zero.
     """
-    difference = variant_errors - stock_errors
-    if difference.size < MIN_POSITIONS or not np.all(np.isfinite(difference)):
-        return False
-    return mean_interval(difference)[1] <= 0.0
+    difference = np.maximum(variant_errors, floor) - np.maximum(stock_errors, floor)
+    if not np.all(np.isfinite(difference)):
+        return "further"
+    if difference.size < MIN_POSITIONS:
+        return "neither"
+    low, high = mean_interval(difference)
+    if high <= 0.0:
+        return "closer"
+    return "further" if low > 0.0 else "neither"
+
+
+def compare(stock: Mapping, variant: Mapping, oracle: Mapping) -> dict:
+    """Both sides' rms logit error over all forced positions, what it shows, and _closeness."""
+    squares = [
+        np.concatenate([(logit_error(side[n], oracle[n]) ** 2).mean(-1) for n in oracle])
+        for side in (stock, variant)
+    ]
+    variance = np.mean([logits.var(axis=-1).mean() for logits in oracle.values()])
+    rms = [float(np.sqrt(s.mean())) for s in squares]
+    found = {"stock": rms[0], "variant": rms[1], "positions": squares[0].size}
+    found["shown"] = shown(*squares, RESOLUTION**2 * variance)
+    for side, logits in (("stock", stock), ("variant", variant)):
+        found |= {f"{key}_{side}": v for key, v in _closeness(logits, oracle, oracle).items()}
+    return found
 
 
 def judge(
@@ -166,34 +189,46 @@ def judge(
     Every prompt that diverged needs its window in the three arrays; errors are pooled over all
     forced positions.
     """
-    errors = {
-        name: (logit_error(stock[name], oracle[name]), logit_error(variant[name], oracle[name]))
-        for name in windows
-    }
-    pooled = None
-    shown = False
-    if errors:
-        squares = [np.concatenate([(e[i] ** 2).mean(-1) for e in errors.values()]) for i in (0, 1)]
-        shown = not_worse(*squares)
-        rms = [float(np.sqrt(s.mean())) for s in squares]
-        pooled = {"stock": rms[0], "variant": rms[1], "positions": squares[0].size}
-        for side, logits in (("stock", stock), ("variant", variant)):
-            pooled |= {f"{key}_{side}": v for key, v in _closeness(logits, oracle, windows).items()}
+    pooled = compare(stock, variant, oracle) if windows else None
     found = []
     for name, tokens in variant_tokens.items():
         matched, total = matching(stock_tokens[name], tokens), len(tokens)
         if matched == total:
-            found.append(PromptVerdict(name, "identical", matched, total, "every token equal"))
+            found.append(_equal_tokens(name, total, pooled if name in windows else None))
             continue
         row = matched - windows[name].start
-        margin, error = _at_divergence(stock[name][row], errors[name][0][row])
-        close = margin < error
+        error = logit_error(stock[name][row], oracle[name][row])
+        margin, error = _at_divergence(stock[name][row], error)
+        close = pooled["shown"] == "closer"
         reason = (
             f"at token {matched} stock's margin {margin:.3g} against its error {error:.3g}; "
-            f"logits {'' if shown else 'not '}shown at least as close as stock's"
+            f"logits {'' if close else 'not '}shown at least as close as stock's"
         )
-        verdict = "closer" if shown and close else "fail"
+        verdict = "closer" if close and margin < error else "fail"
         found.append(PromptVerdict(name, verdict, matched, total, reason))
+    return _over_all(found, pooled)
+
+
+def _equal_tokens(name: str, total: int, pooled: dict | None) -> PromptVerdict:
+    if pooled and pooled["shown"] == "further":
+        reason = "every token equal, but logits shown further from the oracle than stock's"
+        return PromptVerdict(name, "fail", total, total, reason)
+    return PromptVerdict(name, "identical", total, total, "every token equal")
+
+
+def not_closer(
+    stock_tokens: Mapping[str, Sequence[int]], tokens: Mapping[str, Sequence[int]], pooled: dict
+) -> Fidelity:
+    """The verdict on a planted fault whose forced logits are not shown as close as stock's."""
+    reason = "logits not shown at least as close as stock's"
+    found = [
+        PromptVerdict(name, "fail", matching(stock_tokens[name], t), len(t), reason)
+        for name, t in tokens.items()
+    ]
+    return _over_all(found, pooled)
+
+
+def _over_all(found: Sequence[PromptVerdict], pooled: dict | None) -> Fidelity:
     worst = max((p.verdict for p in found), key=VERDICTS.index)
     matched_all = sum(p.matched for p in found)
     return Fidelity(worst, matched_all, sum(p.total for p in found), tuple(found), pooled)

@@ -38,19 +38,25 @@ def _interpretation(control: dict, found: Sequence[dict]) -> list[str]:
             f"Stock is not deterministic here: {aa['self_matched']}/{aa['self_total']} tokens "
             "agree between its own runs, so identity is not attainable by any variant."
         )
-    if control["fidelity"]["verdict"] == "fail":
+    if "fail" in (control["fidelity"]["verdict"], aa.get("undamaged", {}).get("stock")):
         lines.append(
             "The gate fails stock against itself: it passes only what is shown closer to the "
             "oracle, and a fault caught under stock proves nothing here."
         )
     if "faults_beside" in aa:
         told = ", ".join(f"{k} {v}" for k, v in aa["faults_beside"].items())
+        if aa["beside"] in aa.get("undamaged", {}):
+            told += f"; without a fault {aa['undamaged'][aa['beside']]}"
         lines.append(f"Faults planted under `{aa['beside']}`: {told}.")
     missed = [name for name, verdict in aa["faults"].items() if verdict != "fail"]
     if missed:
         lines.append(f"The fidelity gate missed planted faults ({', '.join(missed)}): distrust it.")
     else:
         lines.append("The fidelity gate failed every planted fault, as it must.")
+    errors = aa.get("fault_errors", {})
+    silent = [k for k, e in errors.items() if e and e.get("matched", 0) == e.get("total")]
+    if silent := [name for name in silent if aa["faults"][name] == "fail"]:
+        lines.append(f"Caught by their logits alone, every token equal: {', '.join(silent)}.")
     above = [c["variant"] for c in found if c["summary"]["interval"][0] > aa["aa_interval"][1]]
     lines.append(f"Beyond the A/A interval: {', '.join(f'`{v}`' for v in above) or 'none'}.")
     return lines
