@@ -230,8 +230,8 @@ void Replay::split_memory() {
   constexpr int kAll = 228 * 1024, kOfSystem = 1024;  // bytes, and of them for each block
   constexpr int kLeast = 7;                           // percent
   for (const Node& node : nodes_) {
-    const bool attention = node.call.kernel->name.starts_with("moefuse_cluster_attention");
-    if (attention && node.call.groups.x > metal::kCluster) return;
+    const int cluster = node.call.kernel->cluster;
+    if (cluster > 1 && node.call.groups.x > cluster) return;
   }
   for (const Node& node : nodes_) {
     if (node.call.kernel->name != "moefuse_grid_gate_up") continue;

@@ -23,10 +23,6 @@ int slices(int columns) {
 int grid_bytes(int columns, int tiles) {
   return (slices(columns) * (128 + 4 + 8) + 4 + std::min(slices(columns), kWarps) * tiles * 64) * 4;
 }
-// Of a row of o's output: its values on the grid, and what a cluster's blocks send each other.
-int residual_bytes(int columns, int experts) {
-  return grid_bytes(columns, 1) + (metal::kCluster + 1) * metal::blocks(experts + 1, 16) * 4 + 64;
-}
 
 // Batches of positions, each with so many values.
 int batch_bytes(int batches, int values) {
@@ -38,7 +34,7 @@ int latent_shared_bytes(int latent, int rope) {
 
 // The first thing that a stage has and the kernels do not take, or "".
 struct Taker {
-  int experts, top_k;
+  int top_k;
   std::string matrix(const Matrix& m, const char* name) const {
     if (m.bits != 4) return std::string(name) + " of " + std::to_string(m.bits) + " bits";
     if (m.group_size != 64)
@@ -81,7 +77,7 @@ struct Taker {
   std::string operator()(const LatentAttention&) const { return ""; }
   std::string operator()(const LatentOutput& s) const { return matrix(s.unembed, "unembed_out"); }
   std::string operator()(const OutputProjection& s) const {
-    return all({matrix(s.o, "o"), shared(residual_bytes(s.o.cols, experts))});
+    return all({matrix(s.o, "o"), shared(grid_bytes(s.o.cols, 1))});
   }
   std::string operator()(const Router& s) const {
     const int width = static_cast<int>(s.norm.weight.size());
@@ -106,7 +102,7 @@ struct Taker {
                 shared(kTensorRows * grid_bytes(s.gate.cols, 2))});
   }
   std::string operator()(const DenseDown& s) const {
-    return all({matrix(s.down, "down"), shared(residual_bytes(s.down.cols, 0))});
+    return all({matrix(s.down, "down"), shared(grid_bytes(s.down.cols, 1))});
   }
   std::string operator()(const Head& s) const {
     return all({matrix(s.lm_head, "lm_head"), shared(kTensorRows * grid_bytes(s.lm_head.cols, 0))});
@@ -117,9 +113,8 @@ struct Taker {
 
 std::string tensor_refusal(const Plan& plan) {
   if (plan.dtype != mx::bfloat16 && plan.dtype != mx::float16) return "float32 activations";
-  const Taker taker{plan.config.num_experts, plan.config.num_experts_per_tok};
   for (const Stage& stage : plan.stages) {
-    const std::string why = std::visit(taker, stage.work);
+    const std::string why = std::visit(Taker{plan.config.num_experts_per_tok}, stage.work);
     if (why.empty()) continue;
     return (stage.layer < 0 ? "" : "layers." + std::to_string(stage.layer) + ", ") + stage.name +
            ": " + why;
@@ -173,27 +168,12 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
                 std::max(resident, beside()));
 }
 
-void TensorWalk::add_to_residual(const char* name, std::vector<mx::array> inputs,
-                                 std::vector<Arg> args, const Matrix& m, const Router* router) {
-  const int experts = router ? router->experts : 0;
-  const bool quantized = router && router->quantized_gate;
+mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
   int together = rows;  // as many rows as shared memory holds
-  while (rows % together || together * residual_bytes(m.cols, experts) > kStaticShared) --together;
-  args.insert(args.begin(), {dtype, quantized ? mx::uint32 : dtype, together,
-                             quantized ? router->quantized_gate->group_size : 0, experts, m.rows});
-  append(inputs, m);
-  const mx::array none = mx::zeros({16}, dtype);
-  inputs.insert(inputs.end(), {hidden, router ? router->norm.weight : none});
-  if (quantized)
-    append(inputs, *router->quantized_gate);
-  else
-    inputs.insert(inputs.end(), {router ? *router->dense_gate : none, none, none});
-  const int clusters = metal::blocks(m.rows, 16 * metal::kCluster);
-  auto out = outputs(name, inputs, args, {{rows, m.rows}, {rows, clusters, experts + 1}},
-                     {dtype, mx::float32}, {clusters * metal::kCluster, rows / together, 1},
-                     kThreads, 0, beside());
-  hidden = out[0];
-  router_sums_ = out[1];
+  while (rows % together || together * grid_bytes(m.cols, 1) > kStaticShared) --together;
+  return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
+                {dtype, together, m.cols, m.rows}, {rows, m.rows},
+                {metal::blocks(m.rows, 16), rows / together, 1}, kThreads, beside());
 }
 
 void TensorWalk::run(const GroupedProjection& s) {
@@ -256,23 +236,32 @@ void TensorWalk::run(const LatentOutput& s) {
              {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
 }
 
-const Router* TensorWalk::router_of_layer() const {
-  for (const Stage& stage : plan.stages)
-    if (const auto* r = std::get_if<Router>(&stage.work); r && stage.layer == layer) return r;
-  return nullptr;
-}
-
 void TensorWalk::run(const OutputProjection& s) {
-  router_ = router_of_layer();
-  if (grouped)
-    add_to_residual("grid_attention_out", {partial, stats, places},
-                    {grouped->heads, grouped->head_dim, splits_}, s.o, router_);
-  else
-    add_to_residual("grid_linear_residual", {attended}, {s.o.cols}, s.o, router_);
+  if (!grouped) {
+    hidden = add_to_residual(attended, s.o);
+    return;
+  }
+  hidden = output("grid_attention_out",
+                  {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
+                  {dtype, rows, grouped->heads, grouped->head_dim, splits_, s.o.rows},
+                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, kThreads, beside());
 }
 
-// What its logits are made of came with the residual.
-void TensorWalk::run(const Router&) {}
+void TensorWalk::run(const Router& s) {
+  const int width = hidden.shape(-1);
+  std::vector<mx::array> inputs = {hidden, s.norm.weight, constant(s.norm.eps)};
+  std::vector<Arg> args = {dtype, rows};
+  if (s.quantized_gate) {
+    append(inputs, *s.quantized_gate);
+    args.push_back(s.quantized_gate->group_size);
+  } else {
+    inputs.push_back(*s.dense_gate);
+  }
+  args.insert(args.end(), {width, s.experts});
+  router_logits_ = outputs(s.quantized_gate ? "grid_router" : "grid_router_dense", inputs, args,
+                           {{rows, s.experts}}, {mx::float32}, {s.experts, 1, 1}, kThreads)[0];
+  router_ = &s;
+}
 
 // bias and scaling of the router, which a softmax has not.
 void TensorWalk::append_routing(std::vector<mx::array>& inputs) {
@@ -286,7 +275,7 @@ void TensorWalk::append_routing(std::vector<mx::array>& inputs) {
 void TensorWalk::run(const ExpertsGateUp& s) {
   const Router& r = *router_;
   const bool shared = s.shared_gate.has_value();
-  std::vector<mx::array> inputs = {hidden, r.norm.weight, constant(r.norm.eps), router_sums_};
+  std::vector<mx::array> inputs = {hidden, r.norm.weight, constant(r.norm.eps), router_logits_};
   append_routing(inputs);
   for (const Matrix* m :
        {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
@@ -303,7 +292,7 @@ void TensorWalk::run(const ExpertsGateUp& s) {
 void TensorWalk::run(const ExpertsDown& s) {
   const Router& r = *router_;
   const bool shared = s.shared_down.has_value();
-  std::vector<mx::array> inputs = {inner, constant(r.norm.eps), router_sums_};
+  std::vector<mx::array> inputs = {inner, router_logits_};
   append_routing(inputs);
   append(inputs, s.down);
   append(inputs, shared ? *s.shared_down : s.down);
@@ -330,7 +319,7 @@ void TensorWalk::run(const DenseGateUp& s) {
 }
 
 void TensorWalk::run(const DenseDown& s) {
-  add_to_residual("grid_linear_residual", {inner}, {s.down.cols}, s.down, nullptr);
+  hidden = add_to_residual(inner, s.down);
 }
 
 void TensorWalk::run(const Head& s) {

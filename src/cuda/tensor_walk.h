@@ -55,16 +55,12 @@ class TensorWalk : public metal::Walk {
   int beside() const { return rows == 1 ? 2 : 1; }
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
                     const Matrix* c);
-  // By the kernel of that name: inputs and args are those of x. For the router behind it, if there
-  // is one, also what its logits are made of.
-  void add_to_residual(const char* name, std::vector<mx::array> inputs, std::vector<Arg> args,
-                       const Matrix& m, const Router* router);
-  const Router* router_of_layer() const;
+  mx::array add_to_residual(const mx::array& x, const Matrix& m);
   void append_routing(std::vector<mx::array>& inputs);
 
   const int multiprocessors_, splits_;
   const Router* router_ = nullptr;  // of the layer
-  mx::array router_sums_{0}, latent_query_{0};
+  mx::array router_logits_{0}, latent_query_{0};
 };
 
 }  // namespace moefuse::cuda

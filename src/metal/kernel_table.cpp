@@ -61,18 +61,16 @@ std::vector<KernelText> build_table() {
   KERNEL(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE, kExperts)
   KERNEL(moe_experts_down_residual, MOE_EXPERTS_DOWN_RESIDUAL_SIGNATURE, kDown)
   KERNEL(moe_experts_down_shared, MOE_EXPERTS_DOWN_SHARED_SIGNATURE, kDown)
-#define CUDA_KERNEL(stem, signature) \
-  {                                  \
-    KernelText k;                    \
-    k.name = "moefuse_" #stem;       \
-    k.cuda_body = text::stem##_body; \
-    k.waits = true;                  \
-    k.cluster = cluster;             \
-    signature table.push_back(k);    \
+#define CUDA_KERNEL(stem, signature)                                 \
+  {                                                                  \
+    KernelText k;                                                    \
+    k.name = "moefuse_" #stem;                                       \
+    k.cuda_body = text::stem##_body;                                 \
+    k.waits = true;                                                  \
+    if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster; \
+    signature table.push_back(k);                                    \
   }
-  int cluster = 1;
   MOEFUSE_GRID_KERNELS(CUDA_KERNEL)
-  cluster = kCluster;
   MOEFUSE_CLUSTER_KERNELS(CUDA_KERNEL)
   return table;
 }
@@ -97,7 +95,7 @@ std::string cuda_header() {
   return std::string(text::dialect_cuda_h) + text::lanes_h + text::norm_h + text::attention_h +
          text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h +
          text::tensor_dialect_h + text::grid_h + text::select_h + text::stretches_h +
-         text::attend_h + text::logits_h;
+         text::attend_h;
 }
 
 std::vector<std::string> kernel_names() {

@@ -40,6 +40,12 @@ KERNEL_END
 KERNEL_BEGIN(grid_project, GRID_PROJECT_SIGNATURE)
 #include "grid_project.body"
 KERNEL_END
+KERNEL_BEGIN(grid_router, GRID_ROUTER_SIGNATURE)
+#include "grid_router.body"
+KERNEL_END
+KERNEL_BEGIN(grid_router_dense, GRID_ROUTER_DENSE_SIGNATURE)
+#include "grid_router_dense.body"
+KERNEL_END
 KERNEL_BEGIN(grid_unembed, GRID_UNEMBED_SIGNATURE)
 #include "grid_unembed.body"
 KERNEL_END

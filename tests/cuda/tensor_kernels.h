@@ -16,7 +16,6 @@
 // The texts above come first.
 #include "attend.h"
 #include "grid.h"
-#include "logits.h"
 #include "select.h"
 #include "stretches.h"
 #include "tensor_callables.h"

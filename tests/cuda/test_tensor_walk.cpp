@@ -20,7 +20,6 @@ constexpr int kSlots = 6;
 
 struct Common {
   using T = bfloat16_t;
-  using G = uint;
   static constexpr int ROWS = 1, BITS = 4, GROUP = 64, H = 192, STRIDE = 192, D = 192, N = 192;
   static constexpr int V = 2048, I = 64, COMBINE = 1, TILES = 1, DEPTH = 1, WARPS = 1;
   static constexpr bool NORM = true, SOFTMAX = true, SHARED = false;
@@ -32,7 +31,7 @@ struct Qwen : Common {
   static constexpr int DEPTH = 4, NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
 };
 struct QwenOut : Common {
-  static constexpr int E = 40, HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1;
+  static constexpr int HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1;
 };
 struct Glm : Common {
   static constexpr int DEPTH = 4, NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
@@ -51,13 +50,9 @@ struct GlmAttention : GlmUnembed {
   static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
 };
 struct GlmOut : Common {
-  using G = T;
-  static constexpr int GROUP = 0, COLS = 256, E = 48;
+  static constexpr int COLS = 256;
 };
-struct GlmDenseOut : GlmOut {
-  static constexpr int E = 0;
-};
-struct GlmDense : GlmDenseOut {
+struct GlmDense : Common {
   static constexpr int I = 512, COLS = 512;
 };
 
@@ -70,6 +65,7 @@ void add_kernels(emulated::Backend& backend) {
   ADD_STAGE(backend, grid_project, Qwen);
   ADD_STAGE(backend, cluster_attention_gqa, QwenOut);
   ADD_STAGE(backend, grid_attention_out, QwenOut);
+  ADD_STAGE(backend, grid_router, Qwen);
   ADD_STAGE(backend, grid_gate_up, Qwen);
   ADD_STAGE(backend, grid_down, Qwen);
   ADD_STAGE(backend, grid_head, Head);
@@ -79,9 +75,9 @@ void add_kernels(emulated::Backend& backend) {
   ADD_STAGE(backend, cluster_attention_mla, GlmAttention);
   ADD_STAGE(backend, grid_unembed, GlmUnembed);
   ADD_STAGE(backend, grid_linear_residual, GlmOut);
-  ADD_STAGE(backend, grid_linear_residual, GlmDenseOut);
   ADD_STAGE(backend, grid_linear_residual, GlmDense);
   ADD_STAGE(backend, grid_gate_up_dense, GlmDense);
+  ADD_STAGE(backend, grid_router_dense, Glm);
   ADD_STAGE(backend, grid_gate_up, Glm);
   ADD_STAGE(backend, grid_down, Glm);
 }

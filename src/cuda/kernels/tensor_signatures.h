@@ -20,31 +20,33 @@
   IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(, 1, N, H) \
   OUT(T, out, ROWS * N)
 
-// The row that comes to be, and E + 1 sums of it for a router behind it (logits.h). GROUP: of a gate
-// of 8 bits, G = uint; or 0, G = T. E = 0: no router; 16 zeros stand for what is not there.
-#define GRID_RESIDUAL(n) \
-  IN(T, residual, rows * (n)) IN(T, norm_weight, E ? (n) : 16) \
-  IN(G, gate_weight, E ? size_t(E) * (n) / (GROUP ? 4 : 1) : 16) \
-  IN(T, gate_scales, E && GROUP ? size_t(E) * (n) / (GROUP ? GROUP : 1) : 16) \
-  IN(T, gate_biases, E && GROUP ? size_t(E) * (n) / (GROUP ? GROUP : 1) : 16) \
-  OUT(T, out, rows * (n)) OUT(float, router_sums, rows * (((n) + 255) / 256) * (E + 1))
-
 #define GRID_LINEAR_RESIDUAL_SIGNATURE \
-  TYPE(T) TYPE(G) INT(ROWS) INT(GROUP) INT(E) INT(N) INT(COLS) \
-  IN(T, x, rows * COLS) GRID_IN(, 1, N, COLS) GRID_RESIDUAL(N)
+  TYPE(T) INT(ROWS) INT(COLS) INT(N) \
+  IN(T, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(T, residual, rows * N) \
+  OUT(T, out, rows * N)
 
 #define GRID_HEADS_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(X_HEAD) INT(PART) INT(N) \
   IN(T, x, rows * HEADS * X_HEAD) GRID_IN(, HEADS, N, PART) \
   OUT(T, out, rows * HEADS * N)
 
+#define GRID_ROUTER_SIGNATURE \
+  TYPE(T) INT(ROWS) INT(GROUP) INT(H) INT(E) \
+  IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) \
+  IN(uint, gate_weight, E * H / 4) IN(T, gate_scales, E * H / GROUP) IN(T, gate_biases, E * H / GROUP) \
+  OUT(float, logits, ROWS * E)
+
+#define GRID_ROUTER_DENSE_SIGNATURE \
+  TYPE(T) INT(ROWS) INT(H) INT(E) \
+  IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) IN(T, gate, E * H) \
+  OUT(float, logits, ROWS * E)
+
 // bias and scaling: of the sigmoid router only. Without a shared expert gate and up stand in.
 #define GRID_GATE_UP_SIGNATURE \
   TYPE(T) INT(TILES) INT(DEPTH) INT(E) INT(K) INT(H) INT(I) BOOL(NORM) BOOL(SOFTMAX) \
   BOOL(SHARED) \
   IN(T, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 16) \
-  IN(float, router_sums, rows * ((H + 255) / 256) * (E + 1)) \
-  IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) \
+  IN(float, logits, rows * E) IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) \
   GRID_IN(gate_, E, I, H) GRID_IN(up_, E, I, H) \
   GRID_IN(shared_gate_, SHARED ? 1 : E, I, H) GRID_IN(shared_up_, SHARED ? 1 : E, I, H) \
   OUT(T, hidden, rows * (K + (SHARED ? 1 : 0)) * I)
@@ -52,8 +54,7 @@
 #define GRID_DOWN_SIGNATURE \
   TYPE(T) INT(WARPS) INT(E) INT(K) INT(I) INT(D) INT(COMBINE) BOOL(NORM) BOOL(SOFTMAX) \
   BOOL(SHARED) \
-  IN(T, hidden, rows * (K + (SHARED ? 1 : 0)) * I) IN(float, eps, 16) \
-  IN(float, router_sums, rows * ((D + 255) / 256) * (E + 1)) \
+  IN(T, hidden, rows * (K + (SHARED ? 1 : 0)) * I) IN(float, logits, rows * E) \
   IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) GRID_IN(down_, E, D, I) \
   GRID_IN(shared_down_, SHARED ? 1 : E, D, I) IN(T, residual, rows * D) \
   OUT(T, out, rows * D)
@@ -65,9 +66,10 @@
   OUT(T, hidden, ROWS * I)
 
 #define GRID_ATTENTION_OUT_SIGNATURE \
-  TYPE(T) TYPE(G) INT(ROWS) INT(GROUP) INT(E) INT(N) INT(HEADS) INT(D) INT(SPLITS) \
-  IN(float, partial, rows * HEADS * SPLITS * D) IN(float, stats, rows * HEADS * SPLITS * 2) \
-  IN(uint, places, rows * 4) GRID_IN(, 1, N, HEADS * D) GRID_RESIDUAL(N)
+  TYPE(T) INT(ROWS) INT(HEADS) INT(D) INT(SPLITS) INT(N) \
+  IN(float, partial, ROWS * HEADS * SPLITS * D) IN(float, stats, ROWS * HEADS * SPLITS * 2) \
+  IN(uint, places, ROWS * 4) GRID_IN(, 1, N, HEADS * D) IN(T, residual, ROWS * N) \
+  OUT(T, out, ROWS * N)
 
 #define GRID_UNEMBED_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(LORA) INT(V) INT(SPLITS) \
@@ -91,18 +93,20 @@
   IN(T, latent_cache, sequences * capacity * LORA) IN(T, rope_cache, sequences * capacity * ROPE) \
   OUT(float, partial, rows * HEADS * SPLITS * LORA) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
+// Those that meet in nothing but threads, warps and barriers: the emulator runs them.
 #define MOEFUSE_GRID_KERNELS(KERNEL) \
+  KERNEL(grid_attention_out, GRID_ATTENTION_OUT_SIGNATURE) \
   KERNEL(grid_down, GRID_DOWN_SIGNATURE) \
   KERNEL(grid_gate_up, GRID_GATE_UP_SIGNATURE) \
   KERNEL(grid_gate_up_dense, GRID_GATE_UP_DENSE_SIGNATURE) \
   KERNEL(grid_head, GRID_HEAD_SIGNATURE) \
   KERNEL(grid_heads, GRID_HEADS_SIGNATURE) \
+  KERNEL(grid_linear_residual, GRID_LINEAR_RESIDUAL_SIGNATURE) \
   KERNEL(grid_project, GRID_PROJECT_SIGNATURE) \
+  KERNEL(grid_router, GRID_ROUTER_SIGNATURE) \
+  KERNEL(grid_router_dense, GRID_ROUTER_DENSE_SIGNATURE) \
   KERNEL(grid_unembed, GRID_UNEMBED_SIGNATURE)
-// Those whose blocks meet in clusters.
 #define MOEFUSE_CLUSTER_KERNELS(KERNEL) \
   KERNEL(cluster_attention_gqa, CLUSTER_ATTENTION_GQA_SIGNATURE) \
-  KERNEL(cluster_attention_mla, CLUSTER_ATTENTION_MLA_SIGNATURE) \
-  KERNEL(grid_attention_out, GRID_ATTENTION_OUT_SIGNATURE) \
-  KERNEL(grid_linear_residual, GRID_LINEAR_RESIDUAL_SIGNATURE)
+  KERNEL(cluster_attention_mla, CLUSTER_ATTENTION_MLA_SIGNATURE)
 // clang-format on
