@@ -100,9 +100,9 @@
 
 // V rows; a token outside gives NaN.
 #define EMBED_SIGNATURE \
-  TYPE(T) INT(BITS) INT(GROUP) INT(V) INT(H) \
+  TYPE(T) TYPE(A) INT(BITS) INT(GROUP) INT(V) INT(H) \
   IN(uint, tokens, rows) AFFINE_IN(, 1, V, H) \
-  OUT(T, out, rows * H)
+  OUT(A, out, rows * H)
 
 #define NORM_ROUTER_SOFTMAX_SIGNATURE \
   TYPE(T) INT(BITS) INT(GROUP) INT(H) INT(E) INT(K) BOOL(NORM) \

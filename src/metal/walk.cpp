@@ -21,6 +21,7 @@ Walk::Walk(const Plan& p, Accumulate a, Constants& constants, WalkInputs inputs,
       rows(inputs.rows),
       caches(inputs.caches),
       dtype(p.dtype),
+      activations(p.dtype),
       tokens(inputs.tokens),
       places(inputs.places),
       angles(inputs.angles),
@@ -53,8 +54,8 @@ std::vector<mx::array> Walk::outputs(const char* name, std::vector<mx::array> in
 }
 mx::array Walk::output(const char* name, std::vector<mx::array> inputs, std::vector<Arg> args,
                        mx::Shape shape, Groups groups, int threads, int resident) {
-  return outputs(name, std::move(inputs), std::move(args), {std::move(shape)}, {dtype}, groups,
-                 threads, 0, resident)[0];
+  return outputs(name, std::move(inputs), std::move(args), {std::move(shape)}, {activations},
+                 groups, threads, 0, resident)[0];
 }
 
 // Up to three matrices below each other on the normed first part of x's rows.
@@ -79,7 +80,7 @@ mx::array Walk::add_to_residual(const mx::array& x, const Matrix& m) {
 void Walk::run(const Embed& s) {
   const Matrix& m = s.table;
   hidden = output("embed", {tokens, m.weight, m.scales, m.biases},
-                  {dtype, m.bits, m.group_size, m.rows, m.cols}, {rows, m.cols},
+                  {dtype, activations, m.bits, m.group_size, m.rows, m.cols}, {rows, m.cols},
                   {blocks(m.cols, 256), rows, 1}, 256);
 }
 

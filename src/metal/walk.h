@@ -34,7 +34,7 @@ class Walk {
        Launcher launcher);
   virtual ~Walk() = default;
 
-  // Logits [rows, vocab_size] in the model's dtype.
+  // Logits [rows, vocab_size] in the dtype of the activations.
   mx::array walk();
 
  protected:
@@ -69,6 +69,7 @@ class Walk {
   const int rows;
   const std::vector<LayerCache>& caches;
   const mx::Dtype dtype;
+  mx::Dtype activations;  // of what one stage hands to the next
   const mx::array tokens, places, angles;
 
   // MLX keeps a lone float of CUDA's where the host can reach it, which makes every read slow.

@@ -14,8 +14,7 @@ using Vectors = std::vector<Vector>;
 constexpr uint kRows = 2, kSequences = 3;
 constexpr float kEps = 1e-6f;
 
-// ---- Norm and rotation, in the order and with the roundings of the texts ----
-template <typename T>
+// ---- Norm and rotation in fp32, in the order of the texts ----
 Vector norm(const Vector& x, const Vector& weight) {
   const size_t n = x.size() / 32;
   Vector sums(32, 0.0f);
@@ -26,20 +25,26 @@ Vector norm(const Vector& x, const Vector& weight) {
   }
   const float scale = 1.0f / std::sqrt(std::fma(sums[0], 1.0f / x.size(), kEps));
   Vector y;
-  for (size_t i = 0; i < x.size(); ++i) y.push_back(float(T(weight[i] * float(T(x[i] * scale)))));
+  for (size_t i = 0; i < x.size(); ++i) y.push_back(weight[i] * (x[i] * scale));
   return y;
 }
 // Element i pairs with i + apart. angles: (cos, sin) pairs.
-template <typename T>
 Vector rotate(const Vector& x, const Vector& angles, bool halves) {
   Vector y = x;
   for (size_t pair = 0; pair < x.size() / 2; ++pair) {
     const size_t a = halves ? pair : 2 * pair, b = halves ? pair + x.size() / 2 : a + 1;
     const float c = angles[2 * pair], s = angles[2 * pair + 1];
-    y[a] = float(T(std::fma(x[a], c, x[b] * -s)));
-    y[b] = float(T(std::fma(x[b], c, x[a] * s)));
+    y[a] = std::fma(x[a], c, x[b] * -s);
+    y[b] = std::fma(x[b], c, x[a] * s);
   }
   return y;
+}
+
+// What goes to the tensor cores.
+template <typename T>
+Vector rounded_to(Vector x) {
+  for (float& v : x) v = float(T(v));
+  return x;
 }
 
 // ---- fp64 ----
@@ -131,9 +136,7 @@ bool inside(float got, Approx want) {
 
 // What the texts say of stretches.
 size_t active_of(const Row& row, size_t splits) {
-  size_t active = 1;
-  while (active < splits && row.cached >= active * kStretch) active *= 2;
-  return active;
+  return std::min<size_t>(splits, row.cached / kStretch + 1);
 }
 
 // How many of a head's results lie outside their bounds: those of each stretch, and the merged.
@@ -243,7 +246,7 @@ struct GroupedRun : Rows<typename P::T> {
   using Params = P;
   static constexpr size_t kHeads = P::HEADS, kDim = P::D, kAll = P::HEADS + 2 * P::KV_HEADS;
   static constexpr size_t kSplits = P::SPLITS;
-  std::vector<T> qkv = uniform_vector<T>(kRows * kAll * P::D, -2.0f, 2.0f);
+  Vector qkv = uniform_vector<float>(kRows * kAll * P::D, -2.0f, 2.0f);
   std::vector<T> q_norm = uniform_vector<T>(P::D, 0.5f, 1.5f);
   std::vector<T> k_norm = uniform_vector<T>(P::D, 0.5f, 1.5f);
   Vector rope = angles(kRows * P::D), scale = Vector(16, 1.0f / std::sqrt(float(P::D)));
@@ -260,10 +263,12 @@ struct GroupedRun : Rows<typename P::T> {
       }
   }
   Vector turned(size_t row, size_t head, const Vector& weight) const {
-    return rotate<T>(norm<T>(floats(qkv, (row * kAll + head) * P::D, P::D), weight),
-                     floats(rope, row * P::D, P::D), true);
+    return rotate(norm(floats(qkv, (row * kAll + head) * P::D, P::D), weight),
+                  floats(rope, row * P::D, P::D), true);
   }
-  Vector query(size_t row, size_t head) const { return turned(row, head, floats(q_norm, 0, P::D)); }
+  Vector query(size_t row, size_t head) const {
+    return rounded_to<T>(turned(row, head, floats(q_norm, 0, P::D)));
+  }
   std::pair<Vectors, Vectors> positions(size_t row, size_t head) const {
     Rows<T> longer = *this;
     ++longer.rows[row].cached;
@@ -273,8 +278,8 @@ struct GroupedRun : Rows<typename P::T> {
   }
 
   auto run(Order order) {
-    Buffer<T> in(qkv), qn(q_norm), kn(k_norm), keys(k_cache), values(v_cache);
-    Buffer<float> scales(scale), turns(rope);
+    Buffer<T> qn(q_norm), kn(k_norm), keys(k_cache), values(v_cache);
+    Buffer<float> in(qkv), scales(scale), turns(rope);
     auto partial = Buffer<float>::output(kRows * P::HEADS * P::SPLITS * P::D);
     auto stats = Buffer<float>::output(kRows * P::HEADS * P::SPLITS * 2);
     kernels::cluster_attention_gqa<P> kernel{in,           qn,   kn,     this->eps, scales, turns,
@@ -302,9 +307,9 @@ struct LatentRun : Rows<typename P::T> {
   using Params = P;
   static constexpr size_t kHeads = P::HEADS, kDim = P::LORA, kSplits = P::SPLITS;
   static constexpr size_t kQuery = P::NOPE + P::ROPE;
-  std::vector<T> q_latent = uniform_vector<T>(kRows * P::HEADS * P::LORA, -1.0f, 1.0f);
-  std::vector<T> q = uniform_vector<T>(kRows * P::HEADS * kQuery, -1.0f, 1.0f);
-  std::vector<T> kv = uniform_vector<T>(kRows * P::KV_STRIDE, -2.0f, 2.0f);
+  Vector q_latent = uniform_vector<float>(kRows * P::HEADS * P::LORA, -1.0f, 1.0f);
+  Vector q = uniform_vector<float>(kRows * P::HEADS * kQuery, -1.0f, 1.0f);
+  Vector kv = uniform_vector<float>(kRows * P::KV_STRIDE, -2.0f, 2.0f);
   std::vector<T> kv_norm = uniform_vector<T>(P::LORA, 0.5f, 1.5f);
   Vector rope = angles(kRows * P::ROPE), scale = Vector(16, 0.125f);
   std::vector<T> latents, ropes, latents_after, ropes_after;
@@ -315,18 +320,18 @@ struct LatentRun : Rows<typename P::T> {
     for (size_t row = 0; row < kRows; ++row) {
       const size_t at = row * P::KV_STRIDE + P::KV_OFFSET;
       this->put(latents_after, row, 1, 0,
-                norm<T>(floats(kv, at, P::LORA), floats(kv_norm, 0, P::LORA)));
+                norm(floats(kv, at, P::LORA), floats(kv_norm, 0, P::LORA)));
       this->put(ropes_after, row, 1, 0, turned(row, floats(kv, at + P::LORA, P::ROPE)));
     }
   }
   Vector turned(size_t row, const Vector& x) const {
-    return rotate<T>(x, floats(rope, row * P::ROPE, P::ROPE), false);
+    return rotate(x, floats(rope, row * P::ROPE, P::ROPE), false);
   }
   Vector query(size_t row, size_t head) const {
     Vector all = floats(q_latent, (row * P::HEADS + head) * P::LORA, P::LORA);
     const auto r = turned(row, floats(q, (row * P::HEADS + head) * kQuery + P::NOPE, P::ROPE));
     all.insert(all.end(), r.begin(), r.end());
-    return all;
+    return rounded_to<T>(all);
   }
   std::pair<Vectors, Vectors> positions(size_t row, size_t) const {
     Rows<T> longer = *this;
@@ -340,8 +345,8 @@ struct LatentRun : Rows<typename P::T> {
   }
 
   auto run(Order order) {
-    Buffer<T> ql(q_latent), qs(q), in(kv), weight(kv_norm), latent(latents), turned(ropes);
-    Buffer<float> scales(scale), turns(rope);
+    Buffer<T> weight(kv_norm), latent(latents), turned(ropes);
+    Buffer<float> ql(q_latent), qs(q), in(kv), scales(scale), turns(rope);
     auto partial = Buffer<float>::output(kRows * P::HEADS * P::SPLITS * P::LORA);
     auto stats = Buffer<float>::output(kRows * P::HEADS * P::SPLITS * 2);
     kernels::cluster_attention_mla<P> kernel{ql,    qs,           in,     weight, this->eps, scales,

@@ -49,12 +49,12 @@ constexpr size_t kRows = 2;
 
 struct LinearRun {
   Stack<T> m{1, Linear::N, Linear::COLS, 4, 64};
-  Buffer<T> x{uniform_vector<T>(kRows * Linear::COLS, -2.0f, 2.0f)};
-  Buffer<T> residual{uniform_vector<T>(kRows * Linear::N, -1.0f, 1.0f)};
+  Buffer<float> x{uniform_vector<float>(kRows * Linear::COLS, -2.0f, 2.0f)};
+  Buffer<float> residual{uniform_vector<float>(kRows * Linear::N, -1.0f, 1.0f)};
 
-  Buffer<T> run() {
+  Buffer<float> run() {
     auto [out] = in_every_order([&](Order order) {
-      Buffer<T> to = Buffer<T>::output(kRows * Linear::N);
+      auto to = Buffer<float>::output(kRows * Linear::N);
       kernels::grid_linear_residual<Linear> kernel{x, m.weight, m.scales, m.biases, residual, to};
       check_sizes(kernel, {.rows = kRows, .capacity = 0, .batches = 0, .sequences = 1});
       emulator::dispatch({3, 1, 1}, 256, order, [&] { kernel(); });
@@ -63,15 +63,13 @@ struct LinearRun {
     return out;
   }
   // How many of the results lie outside their bound.
-  size_t outside(const Buffer<T>& out) const {
+  size_t outside(const Buffer<float>& out) const {
     size_t count = 0;
     for (size_t r = 0; r < kRows; ++r) {
       const auto row = doubles(x.values(), r * Linear::COLS, Linear::COLS);
       for (size_t n = 0; n < Linear::N; ++n) {
-        const Approx y = round_to<T>(grid_dot(m, n, row));
-        const double before = static_cast<float>(residual.values()[r * Linear::N + n]);
-        const Approx want = round_to<T>(add({before, 0}, y));
-        count += !inside(static_cast<float>(out.values()[r * Linear::N + n]), want);
+        const Approx want = add({residual.values()[r * Linear::N + n], 0}, grid_dot(m, n, row));
+        count += !inside(out.values()[r * Linear::N + n], want);
       }
     }
     return count;
@@ -86,7 +84,7 @@ TEST(GridKernels, LinearResidualLiesInItsBound) {
 // The bound is no wider than it must be: one step of one weight is seen, at the last place too.
 TEST(GridKernels, TheBoundSeesAChangedWeight) {
   LinearRun run;
-  const Buffer<T> out = run.run();
+  const auto out = run.run();
   auto words = run.m.weight.values();
   words.back() ^= 0x40000000u;
   run.m.weight = Buffer<uint>(words);
@@ -95,22 +93,22 @@ TEST(GridKernels, TheBoundSeesAChangedWeight) {
 
 TEST(GridKernels, TheBoundSeesASign) {
   LinearRun run;
-  const Buffer<T> out = run.run();
+  const auto out = run.run();
   auto values = run.x.values();
-  values.back() = T(-static_cast<float>(values.back()) - 1.0f);
-  run.x = Buffer<T>(values);
+  values.back() = -values.back() - 1.0f;
+  run.x = Buffer<float>(values);
   EXPECT_GT(run.outside(out), Linear::N / 2);
 }
 
 TEST(GridKernels, NanReachesEveryResultOfItsRow) {
   LinearRun run;
   auto values = run.x.values();
-  values[Linear::COLS + 7] = T(NAN);
-  run.x = Buffer<T>(values);
-  const Buffer<T> out = run.run();
+  values[Linear::COLS + 7] = NAN;
+  run.x = Buffer<float>(values);
+  const auto out = run.run();
   for (size_t n = 0; n < Linear::N; ++n) {
-    EXPECT_FALSE(std::isnan(static_cast<float>(out.values()[n]))) << n;
-    EXPECT_TRUE(std::isnan(static_cast<float>(out.values()[Linear::N + n]))) << n;
+    EXPECT_FALSE(std::isnan(out.values()[n])) << n;
+    EXPECT_TRUE(std::isnan(out.values()[Linear::N + n])) << n;
   }
 }
 
@@ -122,11 +120,12 @@ struct Project {
 TEST(GridKernels, ProjectLiesInItsBound) {
   using P = Project;
   Stack<T> q(1, P::NQ, P::H, 4, 64), k(1, P::NK, P::H, 4, 64), v(1, P::NV, P::H, 4, 64);
-  Buffer<T> x(uniform_vector<T>(P::STRIDE, -3.0f, 3.0f)), norm(uniform_vector<T>(P::H, 0.5f, 1.5f));
+  Buffer<float> x(uniform_vector<float>(P::STRIDE, -3.0f, 3.0f));
+  Buffer<T> norm(uniform_vector<T>(P::H, 0.5f, 1.5f));
   Buffer<float> eps(std::vector<float>(16, 1e-6f));
   constexpr int N = P::NQ + P::NK + P::NV;
   auto [out] = in_every_order([&](Order order) {
-    Buffer<T> to = Buffer<T>::output(N);
+    auto to = Buffer<float>::output(N);
     kernels::grid_project<P> kernel{x,        norm,     eps,      q.weight, q.scales,
                                     q.biases, k.weight, k.scales, k.biases, v.weight,
                                     v.scales, v.biases, to};
@@ -150,8 +149,8 @@ TEST(GridKernels, ProjectLiesInItsBound) {
                                             : n - P::NQ - P::NK,
                         gained);
     const double size = std::abs(y.value) + y.error;
-    y = round_to<T>({y.value * scale, y.error * scale + size * scale * 64 * kUnit});
-    EXPECT_TRUE(inside(static_cast<float>(out.values()[n]), y)) << n;
+    y = {y.value * scale, y.error * scale + size * scale * 64 * kUnit};
+    EXPECT_TRUE(inside(out.values()[n], y)) << n;
   }
 }
 
@@ -207,11 +206,11 @@ void compare_softmax() {
     if (std::any_of(rows[r].begin(), rows[r].end(), [](float v) { return !std::isfinite(v); }) &&
         r != 3)
       continue;  // every score is NaN: whichever are chosen
-    auto want = by_a_warp<K>(
-        [&](uint lane) { return route_softmax<T, E, K, NORM>(spread_of<E>(rows[r], lane), lane); });
-    for (float& v : want.value) v = static_cast<float>(T(v));  // as store_choice stores them
+    const auto want = by_a_warp<K>([&](uint lane) {
+      return route_softmax<float, E, K, NORM>(spread_of<E>(rows[r], lane), lane);
+    });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
-                     return select_softmax<T, E, K, NORM>(spread_of<E>(rows[r], lane), lane);
+                     return select_softmax<E, K, NORM>(spread_of<E>(rows[r], lane), lane);
                    }),
                    want, r);
   }

@@ -20,6 +20,7 @@ constexpr int kSlots = 6;
 
 struct Common {
   using T = bfloat16_t;
+  using A = float;
   static constexpr int ROWS = 1, BITS = 4, GROUP = 64, H = 192, STRIDE = 192, D = 192, N = 192;
   static constexpr int V = 2048, I = 64, COMBINE = 1, TILES = 1, DEPTH = 1, WARPS = 1;
   static constexpr bool NORM = true, SOFTMAX = true, SHARED = false;
@@ -126,7 +127,9 @@ void compare_tokens(const std::string& name) {
     mx::array want = cpu.step({{token, 0, slot, 0, slot}}, cpu_caches);
     mx::array difference = mx::sqrt(mx::sum(mx::square(got - want)) / mx::sum(mx::square(want)));
     mx::eval(difference);
-    EXPECT_LT(difference.item<float>(), 0x1p-5) << slot;
+    // Queries go to the tensor cores as bfloat16, activations to a grid of 16 bits; the CPU's do
+    // not.
+    EXPECT_LT(difference.item<float>(), 0x1p-10) << slot;
     token = mx::argmax(want).item<uint32_t>();
   }
 }

@@ -22,6 +22,7 @@ const kernels::Sizes kSizes = {.rows = 1, .capacity = kSlots, .batches = 0, .seq
 
 struct Common {
   using T = bfloat16_t;
+  using A = T;
   using U = T;
   using W = T;
   static constexpr int BITS = 4, GROUP = 64, H = 192, STRIDE = 192, D = 192, ROWS = 192;

@@ -131,6 +131,7 @@ TEST(NormGateUp, Fp32TwoRows) {
 template <typename T_, int BITS_, int GROUP_, int V_, int H_>
 struct EmbedParams {
   using T = T_;
+  using A = T_;
   static constexpr int BITS = BITS_, GROUP = GROUP_, V = V_, H = H_;
 };
 

@@ -30,6 +30,7 @@ const kernels::Sizes kSizes = {.rows = kRows, .capacity = kSlots, .batches = 0, 
 
 struct Common {
   using T = float;
+  using A = T;
   using U = float;
   using W = float;
   static constexpr int BITS = 4, GROUP = 32, H = 96, STRIDE = 96, D = 96, ROWS = 96;

@@ -8,10 +8,11 @@ constexpr float kLog2e = 1.44269504f;
 constexpr int kCluster = 16, kTiles = 5, kBatch = 16 * kTiles;
 constexpr int kProbabilities = kBatch + 8;  // of a head; eight more keep the banks apart
 
-// N consecutive values of T, aligned to as many.
+// N consecutive values of T, aligned as wide as one load of a part of them may be.
 template <int N, typename T>
 FUNC Floats<N> load_values(const T* p) {
-  struct alignas(N % 8 == 0 ? 16 : N * sizeof(T)) Aligned {
+  constexpr int WIDTH = (N & -N) * int(sizeof(T));
+  struct alignas(WIDTH < 16 ? WIDTH : 16) Aligned {
     T v[N];
   };
   Aligned all = *reinterpret_cast<const Aligned*>(p);
@@ -21,19 +22,19 @@ FUNC Floats<N> load_values(const T* p) {
 }
 
 // RMS norm of a vector spread over the lanes, the weight at hand.
-template <typename T, int N>
+template <int N>
 FUNC Floats<N> gained_norm(Floats<N> x, const Floats<N>& gain, float eps) {
   float scale = rsqrt_fast(fma_rn(lane_sum(lane_dot<N>(x, x)), 1.0f / (32 * N), eps));
-  UNROLL for (int j = 0; j < N; ++j) x.v[j] = float(norm_element<T>(x.v[j], scale, gain.v[j]));
+  UNROLL for (int j = 0; j < N; ++j) x.v[j] = norm_element<float>(x.v[j], scale, gain.v[j]);
   return x;
 }
 
 // Rotary embedding of such a vector, element i with i + half; turns: the lane's (cos, sin) pairs.
-template <typename T, int N>
+template <int N>
 FUNC Floats<N> turned(Floats<N> x, const Floats<2 * N>& turns, uint lane) {
   UNROLL for (int j = 0; j < N; ++j) {
     float s = turns.v[2 * j + 1], other = shuffle_xor(x.v[j], 16u);
-    x.v[j] = rounded<T>(fma_rn(x.v[j], turns.v[2 * j], mul_rn(other, lane < 16u ? -s : s)));
+    x.v[j] = fma_rn(x.v[j], turns.v[2 * j], mul_rn(other, lane < 16u ? -s : s));
   }
   return x;
 }

@@ -1,5 +1,6 @@
 // The signatures of the kernel texts that only CUDA has, as in kernels/signatures.h. The matrices
-// are of 4 bits in groups of 64; GRID_IN is an affine matrix of them.
+// are of 4 bits in groups of 64; GRID_IN is an affine matrix of them. T is the weights' and the
+// caches' type; what one kernel hands to the next is fp32.
 #pragma once
 
 // clang-format off
@@ -11,75 +12,75 @@
 
 #define GRID_PROJECT_SIGNATURE \
   TYPE(T) INT(ROWS) INT(TILES) INT(H) INT(STRIDE) INT(NQ) INT(NK) INT(NV) \
-  IN(T, x, ROWS * STRIDE) IN(T, norm_weight, H) IN(float, eps, 16) \
+  IN(float, x, ROWS * STRIDE) IN(T, norm_weight, H) IN(float, eps, 16) \
   GRID_IN(q_, 1, NQ, H) GRID_IN(k_, 1, NK ? NK : NQ, H) GRID_IN(v_, 1, NV ? NV : NQ, H) \
-  OUT(T, out, ROWS * (NQ + NK + NV))
+  OUT(float, out, ROWS * (NQ + NK + NV))
 
 #define GRID_HEAD_SIGNATURE \
   TYPE(T) INT(ROWS) INT(DEPTH) INT(H) INT(N) \
-  IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(, 1, N, H) \
-  OUT(T, out, ROWS * N)
+  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(, 1, N, H) \
+  OUT(float, out, ROWS * N)
 
 #define GRID_LINEAR_RESIDUAL_SIGNATURE \
   TYPE(T) INT(ROWS) INT(COLS) INT(N) \
-  IN(T, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(T, residual, rows * N) \
-  OUT(T, out, rows * N)
+  IN(float, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(float, residual, rows * N) \
+  OUT(float, out, rows * N)
 
 #define GRID_HEADS_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(X_HEAD) INT(PART) INT(N) \
-  IN(T, x, rows * HEADS * X_HEAD) GRID_IN(, HEADS, N, PART) \
-  OUT(T, out, rows * HEADS * N)
+  IN(float, x, rows * HEADS * X_HEAD) GRID_IN(, HEADS, N, PART) \
+  OUT(float, out, rows * HEADS * N)
 
 #define GRID_ROUTER_SIGNATURE \
   TYPE(T) INT(ROWS) INT(GROUP) INT(H) INT(E) \
-  IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) \
+  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) \
   IN(uint, gate_weight, E * H / 4) IN(T, gate_scales, E * H / GROUP) IN(T, gate_biases, E * H / GROUP) \
   OUT(float, logits, ROWS * E)
 
 #define GRID_ROUTER_DENSE_SIGNATURE \
   TYPE(T) INT(ROWS) INT(H) INT(E) \
-  IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) IN(T, gate, E * H) \
+  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) IN(T, gate, E * H) \
   OUT(float, logits, ROWS * E)
 
 // bias and scaling: of the sigmoid router only. Without a shared expert gate and up stand in.
 #define GRID_GATE_UP_SIGNATURE \
   TYPE(T) INT(TILES) INT(DEPTH) INT(E) INT(K) INT(H) INT(I) BOOL(NORM) BOOL(SOFTMAX) \
   BOOL(SHARED) \
-  IN(T, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 16) \
+  IN(float, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 16) \
   IN(float, logits, rows * E) IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) \
   GRID_IN(gate_, E, I, H) GRID_IN(up_, E, I, H) \
   GRID_IN(shared_gate_, SHARED ? 1 : E, I, H) GRID_IN(shared_up_, SHARED ? 1 : E, I, H) \
-  OUT(T, hidden, rows * (K + (SHARED ? 1 : 0)) * I)
+  OUT(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I)
 
 #define GRID_DOWN_SIGNATURE \
   TYPE(T) INT(WARPS) INT(E) INT(K) INT(I) INT(D) INT(COMBINE) BOOL(NORM) BOOL(SOFTMAX) \
   BOOL(SHARED) \
-  IN(T, hidden, rows * (K + (SHARED ? 1 : 0)) * I) IN(float, logits, rows * E) \
+  IN(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I) IN(float, logits, rows * E) \
   IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) GRID_IN(down_, E, D, I) \
-  GRID_IN(shared_down_, SHARED ? 1 : E, D, I) IN(T, residual, rows * D) \
-  OUT(T, out, rows * D)
+  GRID_IN(shared_down_, SHARED ? 1 : E, D, I) IN(float, residual, rows * D) \
+  OUT(float, out, rows * D)
 
 #define GRID_GATE_UP_DENSE_SIGNATURE \
   TYPE(T) INT(ROWS) INT(H) INT(I) \
-  IN(T, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(gate_, 1, I, H) \
+  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(gate_, 1, I, H) \
   GRID_IN(up_, 1, I, H) \
-  OUT(T, hidden, ROWS * I)
+  OUT(float, hidden, ROWS * I)
 
 #define GRID_ATTENTION_OUT_SIGNATURE \
   TYPE(T) INT(ROWS) INT(HEADS) INT(D) INT(SPLITS) INT(N) \
   IN(float, partial, ROWS * HEADS * SPLITS * D) IN(float, stats, ROWS * HEADS * SPLITS * 2) \
-  IN(uint, places, ROWS * 4) GRID_IN(, 1, N, HEADS * D) IN(T, residual, ROWS * N) \
-  OUT(T, out, ROWS * N)
+  IN(uint, places, ROWS * 4) GRID_IN(, 1, N, HEADS * D) IN(float, residual, ROWS * N) \
+  OUT(float, out, ROWS * N)
 
 #define GRID_UNEMBED_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(LORA) INT(V) INT(SPLITS) \
   IN(float, partial, rows * HEADS * SPLITS * LORA) IN(float, stats, rows * HEADS * SPLITS * 2) \
   IN(uint, places, rows * 4) GRID_IN(, HEADS, V, LORA) \
-  OUT(T, out, rows * HEADS * V)
+  OUT(float, out, rows * HEADS * V)
 
 #define CLUSTER_ATTENTION_GQA_SIGNATURE \
   TYPE(T) INT(HEADS) INT(KV_HEADS) INT(D) INT(SPLITS) \
-  IN(T, qkv, rows * (HEADS + 2 * KV_HEADS) * D) IN(T, q_norm, D) IN(T, k_norm, D) \
+  IN(float, qkv, rows * (HEADS + 2 * KV_HEADS) * D) IN(T, q_norm, D) IN(T, k_norm, D) \
   IN(float, eps, 16) IN(float, scale, 16) IN(float, rope, rows * D) IN(uint, places, rows * 4) \
   IN(T, k_cache, sequences * KV_HEADS * capacity * D) \
   IN(T, v_cache, sequences * KV_HEADS * capacity * D) \
@@ -87,8 +88,8 @@
 
 #define CLUSTER_ATTENTION_MLA_SIGNATURE \
   TYPE(T) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) INT(KV_STRIDE) INT(KV_OFFSET) \
-  IN(T, q_latent, rows * HEADS * LORA) IN(T, q, rows * HEADS * (NOPE + ROPE)) \
-  IN(T, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
+  IN(float, q_latent, rows * HEADS * LORA) IN(float, q, rows * HEADS * (NOPE + ROPE)) \
+  IN(float, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
   IN(float, rope, rows * ROPE) IN(uint, places, rows * 4) \
   IN(T, latent_cache, sequences * capacity * LORA) IN(T, rope_cache, sequences * capacity * ROPE) \
   OUT(float, partial, rows * HEADS * SPLITS * LORA) OUT(float, stats, rows * HEADS * SPLITS * 2)
