@@ -119,7 +119,7 @@ def opencl_source():
     """One translation unit with every text as an OpenCL kernel."""
     source = PREAMBLE + "".join(strip((KERNELS / h).read_text()) for h in HELPERS)
     for stem, (parameters, inputs, outputs) in signatures().items():
-        kinds = {"T": "float", "U": "float", "W": "float"}
+        kinds = {"T": "float", "A": "float", "U": "float", "W": "float"}
         arguments = [f"__global const {kinds.get(t, t)}* {n}" for t, n in inputs]
         arguments += [f"__global {kinds.get(t, t)}* {n}" for t, n in outputs]
         source += f"__kernel void {stem}({', '.join(arguments)}) {{\n"

@@ -14,6 +14,7 @@ __global__ void run(K k) {
 }
 struct Qwen {
   using T = __nv_bfloat16;
+  using A = T;
   using U = T;
   using W = T;
   enum { BITS = 4, GROUP = 64, SPLITS = 8, COMBINE = 0, M = 1, MATRICES = 1 };
@@ -27,6 +28,7 @@ struct QwenDown : Qwen {
 };
 struct Glm {
   using T = __nv_bfloat16;
+  using A = T;
   using U = T;
   enum { BITS = 4, GROUP = 64, SPLITS = 8, COMBINE = 1 };
   enum { E = 64, K = 4, H = 2048, I = 1536, D = 2048, HEADS = 20 };
