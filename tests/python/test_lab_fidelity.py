@@ -341,10 +341,12 @@ def test_a_stock_that_parts_from_itself_is_found_and_told(wavering):
     assert wavering.check_fault(faults.NONE, experts).verdict == "closer"
 
 
-@pytest.mark.parametrize("name", [*faults.IN_WEIGHTS, "expert-error:0.25"])
-def test_damage_hidden_in_the_noise_of_stock_is_still_caught(wavering, name):
+@pytest.mark.parametrize("name", [*faults.IN_WEIGHTS, "every-expert-error:0.03125"])
+def test_damage_is_caught_also_where_the_noise_of_stock_would_hide_it(wavering, name):
     found = wavering.check_fault(name, variants.parse("experts:fp32"))
+    hidden = name not in faults.IN_WEIGHTS
     assert found.oracle_error["than_whole"] == "further" and found.oracle_error["ruled_out"]
+    assert (found.oracle_error["shown"] == "closer") is hidden
     assert found.verdict == "fail"
 
 
