@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from lab_support import FakeEngine, tiny  # noqa: F401
@@ -28,7 +29,13 @@ CLOSE = TRUTH + RNG.normal(0, 0.01, TRUTH.shape)
 FAR = TRUTH + RNG.normal(0, 0.3, TRUTH.shape)
 
 
-def _judge(variant, at=16, margin=0.0):
+AGAIN = TRUTH + RNG.normal(0, 0.1, TRUTH.shape)  # another draw of a stock that does not repeat
+PARTS = fidelity.Itself(
+    900, 1000, fidelity.compare({"p": STOCK}, {"p": AGAIN}, {"p": TRUTH})
+)  # as STOCK and AGAIN
+
+
+def _judge(variant, at=16, margin=0.0, itself=fidelity.REPEATS):
     """Tokens that part at `at`, where stock's best two logits lie `margin` apart."""
     stock = STOCK.copy()
     order = np.argsort(stock[at])
@@ -42,7 +49,50 @@ def _judge(variant, at=16, margin=0.0):
         {"p": stock},
         {"p": variant},
         {"p": TRUTH},
+        itself,
     )
+
+
+@pytest.mark.parametrize(
+    ("logits", "margin", "verdict"),
+    [(CLOSE, 0.0, "closer"), (CLOSE, 5.0, "closer"), (AGAIN, 0.0, "fail"), (FAR, 0.0, "fail")],
+    ids=["closer", "closer-beyond-a-tie", "equal", "worse"],
+)
+def test_where_stock_parts_from_itself_the_forced_positions_decide(logits, margin, verdict):
+    found = _judge(logits, margin=margin, itself=PARTS)
+    assert found.verdict == verdict
+    assert "900/1000 tokens agree" in found.per_prompt[0].reason
+    if margin:  # a stock that repeats itself is asked for its margin too
+        assert _judge(logits, margin=margin).verdict == "fail"
+
+
+def test_a_variant_has_to_be_closer_by_more_than_stock_s_own_draws_differ():
+    """A little closer, shown so, is not enough where stock's second pass seems as much closer."""
+    half = STOCK.copy()
+    half[:, :25] = TRUTH[:, :25] + 0.97 * (STOCK - TRUTH)[:, :25]
+    sides = ({"p": STOCK}, {"p": half}, {"p": TRUTH})
+    low, high = fidelity.compare(*sides)["difference"]
+    assert -PARTS.margin < low <= high < -0.02
+    assert fidelity.compare(*sides, 0.0)["shown"] == "closer"
+    assert fidelity.compare(*sides, PARTS.margin)["shown"] == "neither"
+    assert fidelity.compare(*sides, 0.02)["shown"] == "closer"
+    assert fidelity.Itself(1000, 1000, PARTS.logits).margin == 0.0  # its tokens all agree
+
+
+def test_one_blunder_among_good_positions_is_not_closer():
+    wrong = CLOSE.copy()
+    wrong[7, 3] += 20.0
+    assert _judge(wrong, itself=PARTS).verdict == "fail"
+
+
+def test_damage_is_ruled_out_only_by_a_variant_closer_than_it():
+    def side(size):
+        return {"p": TRUTH + np.random.default_rng(int(1e4 * size)).normal(0, size, TRUTH.shape)}
+
+    truth, damage = {"p": TRUTH}, RNG.normal(0, 0.05, TRUTH.shape)
+    for size, out in ((0.01, True), (0.05, False), (0.1, False)):
+        whole = side(size)
+        assert fidelity.rules_out(whole, {"p": whole["p"] + damage}, truth) is out
 
 
 def test_closer_needs_a_smaller_error_and_a_small_margin():
@@ -242,6 +292,62 @@ def test_float32_arithmetic_is_closer(campaign):
     campaign.engine = FakeEngine()
     assert found.oracle_error["variant"] < 0.01 * found.oracle_error["stock"]
     assert found.verdict == "closer"
+
+
+class Wavering(nn.Module):
+    """A last norm whose output differs from run to run, as on a GPU that does not repeat itself:
+    only while no patch is on, so that a variant is free of it, as is the oracle."""
+
+    def __init__(self, norm, engine):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+        self._engine = engine
+
+    def __call__(self, x):
+        y = mx.fast.rms_norm(x, self.weight, self.eps)
+        if self._engine.undo:
+            return y
+        return (y * (1 + mx.random.normal(y.shape, scale=0.05))).astype(y.dtype)
+
+
+@pytest.fixture
+def wavering(campaign, monkeypatch):
+    """The campaign with a stock whose every pass is another draw."""
+    engine = Float32Engine()
+    inner = campaign.model.model
+    for name, value in (
+        ("engine", engine),
+        ("oracle", fidelity.Oracle(campaign.model, campaign.checkpoint, 32)),
+        ("reference", {}),
+        ("_itself", None),
+        ("self_matched", 0),
+        ("self_total", 0),
+    ):
+        monkeypatch.setattr(campaign, name, value)
+    norm, inner.norm = inner.norm, Wavering(inner.norm, engine)
+    mx.random.seed(11)
+    yield campaign
+    inner.norm = norm
+
+
+def test_a_stock_that_parts_from_itself_is_found_and_told(wavering):
+    itself = wavering.itself()
+    assert not itself.repeats and itself.margin > 0
+    experts = variants.parse("experts:fp32")
+    found, _ = wavering.check_tokens(experts, 40)
+    assert found.matched < found.total and found.verdict == "closer"
+    assert f"{itself.matched}/{itself.total} tokens agree" in found.per_prompt[0].reason
+    assert wavering.check_fault(faults.NONE).verdict == "fail"  # no closer than itself
+    assert wavering.check_fault(faults.NONE, experts).verdict == "closer"
+
+
+@pytest.mark.parametrize("name", [*faults.IN_WEIGHTS, "every-expert-error:0.03125"])
+def test_damage_is_caught_also_where_the_noise_of_stock_would_hide_it(wavering, name):
+    found = wavering.check_fault(name, variants.parse("experts:fp32"))
+    hidden = name not in faults.IN_WEIGHTS
+    assert found.oracle_error["than_whole"] == "further" and found.oracle_error["ruled_out"]
+    assert (found.oracle_error["shown"] == "closer") is hidden
+    assert found.verdict == "fail"
 
 
 def test_prompts_without_a_file(tmp_path):

@@ -152,6 +152,7 @@ class Campaign:
         self.reference: dict[str, tuple[int, ...]] = {}  # stock's tokens, longest seen
         self.snapshots: dict[str, list] = {}  # stock's caches of long prompts
         self.self_matched = self.self_total = 0
+        self._itself: fidelity.Itself | None = None
         self.control: dict | None = None
         self.beside: dict[Variant, tuple | Exception] = {}  # pairs measured with the control
         self.roofline: dict | None = None
@@ -298,13 +299,26 @@ class Campaign:
             self._note_stock(name, run.tokens)
         return self.reference[name][:count]
 
+    def itself(self) -> fidelity.Itself:
+        """How far stock repeats itself: its logits forced twice, and tokens it gave twice."""
+        if self._itself is None:
+            short = prompts.pick(list(self.prompts.values()), long=False)[:FAULT_PROMPTS]
+            logits = fidelity.compare(*self._beginnings(nullcontext, short))
+            if self.self_total == 0 and logits["difference"] != [0.0, 0.0]:
+                for prompt in short:
+                    count = len(self.reference[prompt.name])
+                    again = self._generate(prompt, count, STOCK, Side())
+                    self._note_stock(prompt.name, again.tokens)
+            self._itself = fidelity.Itself(self.self_matched, self.self_total, logits)
+        return self._itself
+
     def judge(self, context: Callable, tokens: dict[str, tuple[int, ...]], always: int = 2):
         """Verdict on tokens that the model gave inside `context()`."""
         stock = {name: self.stock_tokens(name, len(t)) for name, t in tokens.items()}
         windows = self.oracle.windows(stock, tokens, always)
         base, truth = self.oracle.references(self.prompts, stock, windows)
         other = self._forced(context, stock, windows)
-        return fidelity.judge(stock, tokens, windows, base, other, truth)
+        return fidelity.judge(stock, tokens, windows, base, other, truth, self.itself())
 
     def check_variant(self, variant: Variant, side: Side) -> fidelity.Fidelity:
         """Verdict over the timed prompts and the extra ones."""
@@ -329,7 +343,9 @@ class Campaign:
 
         Every fault is forced through the same positions, whether or not it turns a token: it has
         to be shown at least as close to the oracle as stock. Then its tokens, prompt by prompt
-        until they part, and where they part the rule that every variant meets there.
+        until they part, and where they part the rule that every variant meets there. Where stock
+        parts from itself, a fault may hide in what the variant is closer by: there it must not be
+        shown further than the same variant without it, either.
         """
         short = prompts.pick(list(self.prompts.values()), long=False)
         count = self.plan.lengths["short"][0]
@@ -340,7 +356,14 @@ class Campaign:
             with plant(), applied(self.model, variant, self.engine):
                 yield
 
-        forced = self._force_beginnings(context, short[:FAULT_PROMPTS])
+        itself, chosen = self.itself(), short[:FAULT_PROMPTS]
+        base, damaged, truth = self._beginnings(context, chosen)
+        forced = fidelity.compare(base, damaged, truth, itself.margin)
+        if name != faults.NONE and variant != STOCK:
+            whole = partial(applied, self.model, variant, self.engine)
+            _, whole, _ = self._beginnings(whole, chosen)
+            forced["than_whole"] = fidelity.compare(whole, damaged, truth)["shown"]
+            forced["ruled_out"] = fidelity.rules_out(whole, damaged, truth)
         stock: dict[str, tuple[int, ...]] = {}
         tokens: dict[str, tuple[int, ...]] = {}
         for prompt in short:
@@ -351,15 +374,18 @@ class Campaign:
                 break
         if forced["shown"] != "closer":
             return fidelity.not_closer(stock, tokens, forced)
+        if not itself.repeats and forced.get("than_whole") == "further":
+            reason = "logits shown further from the oracle than without the fault"
+            return fidelity.not_closer(stock, tokens, forced, reason)
         return replace(self.judge(context, tokens, always=0), oracle_error=forced)
 
-    def _force_beginnings(self, context: Callable, chosen: Sequence[prompts.Prompt]) -> dict:
-        """Errors of the model inside `context()` over the first positions of stock's tokens."""
+    def _beginnings(self, context: Callable, chosen: Sequence[prompts.Prompt]) -> tuple:
+        """Logits of stock, of the model inside `context()` and of the oracle by prompt."""
         count = max(self.plan.chunk, -(-fidelity.MIN_POSITIONS // len(chosen)))
         windows = {p.name: fidelity.Window(p.name, 0, count) for p in chosen}
         stock = {p.name: self.stock_tokens(p.name, count) for p in chosen}
         base, truth = self.oracle.references(self.prompts, stock, windows)
-        return fidelity.compare(base, self._forced(context, stock, windows), truth)
+        return base, self._forced(context, stock, windows), truth
 
     def _forced(self, context: Callable, stock: dict, windows: dict) -> dict:
         with context():
@@ -393,6 +419,8 @@ class Campaign:
             sides, done, _ = self.run_pairs(STOCK)
         verdict = self.judge(nullcontext, self._worst(sides["B"]))
 
+        itself = self.itself()
+
         def noise(found: tuple) -> list[float]:
             return list(stats.noise_interval(found[1]))
 
@@ -400,8 +428,9 @@ class Campaign:
             "aa_interval": noise(_speedup(sides)),
             "lengths": {k: noise(_speedup(sides, done, k)) for k in self.plan.lengths},
             "prefill_interval": noise(_prefill(sides)),
-            "self_matched": self.self_matched,
-            "self_total": self.self_total,
+            "self_matched": itself.matched,
+            "self_total": itself.total,
+            "self_logits": itself.logits,
             "capsule": self._name(STOCK),
             **self._plant_all(beside),
         }
@@ -419,19 +448,16 @@ class Campaign:
         planted = {name: self.check_fault(name) for name in faults.FAULTS}
         found = {
             "faults": {name: f.verdict for name, f in planted.items()},
-            "fault_errors": {
-                name: {**f.record()["oracle_error"], "matched": f.matched, "total": f.total}
-                for name, f in planted.items()
-            },
+            "fault_errors": _fault_errors(planted),
             "undamaged": {STOCK.name: self.check_fault(faults.NONE).verdict},
         }
         if beside:
             found["beside"] = beside.name
             measured = self.beside[beside]
             if not isinstance(measured, Exception) and measured[2] is None:
-                found["faults_beside"] = {
-                    name: self.check_fault(name, beside).verdict for name in faults.IN_WEIGHTS
-                }
+                planted = {name: self.check_fault(name, beside) for name in faults.IN_WEIGHTS}
+                found["faults_beside"] = {name: f.verdict for name, f in planted.items()}
+                found["fault_errors_beside"] = _fault_errors(planted)
                 found["undamaged"][beside.name] = self.check_fault(faults.NONE, beside).verdict
         return found
 
@@ -440,6 +466,8 @@ class Campaign:
         if stored["prompts"] != self._prompt_records():
             raise LabError("[resume] prompts: expected those of the campaign, got others")
         self.control = stored["control"]
+        aa = self.control
+        self._itself = fidelity.Itself(aa["self_matched"], aa["self_total"], aa.get("self_logits"))
         self.roofline = stored.get("roofline")
 
     def measure_variant(self, variant: Variant) -> dict:
@@ -460,6 +488,10 @@ class Campaign:
             memory=tuple(max(r.peak_mem_gb for r in sides[k].runs) for k in "AB"),
             quick=self.plan.quick,
         )
+        itself = self.itself()
+        if decision[1].startswith("fidelity") and not itself.repeats:
+            parted = f"{itself.matched}/{itself.total} of its own tokens"
+            decision = (decision[0], f"{decision[1]}; stock repeats {parted}")
         return self._store(variant, sides, done, verdict, decision)
 
     def _gains(self, sides: dict[str, Side], done: list[Slot]) -> dict:
@@ -532,6 +564,13 @@ class Campaign:
         ledger.append(self.out / ledger.NAME, capsule.row(found, relative))
         mx.clear_cache()
         return found
+
+
+def _fault_errors(planted: dict[str, fidelity.Fidelity]) -> dict:
+    return {
+        name: {**f.record()["oracle_error"], "matched": f.matched, "total": f.total}
+        for name, f in planted.items()
+    }
 
 
 def _run_line(run: measure.Run) -> str:

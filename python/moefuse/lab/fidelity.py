@@ -36,6 +36,10 @@ class Window:
     start: int
     count: int
 
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
 
 @dataclass(frozen=True)
 class PromptVerdict:
@@ -52,7 +56,7 @@ class Fidelity:
     matched: int
     total: int
     per_prompt: tuple[PromptVerdict, ...]
-    oracle_error: dict | None  # of stock and variant, over the forced positions: see _closeness
+    oracle_error: dict | None  # of stock and variant, over the forced positions: see compare
 
     def record(self) -> dict:
         found = asdict(self)
@@ -63,6 +67,31 @@ class Fidelity:
                 for k, v in self.oracle_error.items()
             }
         return found
+
+
+@dataclass(frozen=True)
+class Itself:
+    """How far stock repeats itself on this device: tokens that agree, of those compared, and the
+    logits of two forced passes (`compare` of the second with the first)."""
+
+    matched: int
+    total: int
+    logits: dict | None = None
+
+    @property
+    def repeats(self) -> bool:
+        return self.matched == self.total
+
+    @property
+    def margin(self) -> float:
+        """What a variant's squared error has to be smaller by, in parts of stock's: as much as
+        stock's second pass seems to differ by from its first. None where stock repeats itself."""
+        if self.repeats or self.logits is None:
+            return 0.0
+        return float(np.abs(self.logits["difference"]).max())
+
+
+REPEATS = Itself(0, 0)
 
 
 def matching(stock: Sequence[int], other: Sequence[int]) -> int:
@@ -143,37 +172,71 @@ def _at_divergence(stock: np.ndarray, error: np.ndarray) -> tuple[float, float]:
     return float(first - second), float(np.abs(error).max())
 
 
-def shown(stock_errors: np.ndarray, variant_errors: np.ndarray, floor: float = 0.0) -> str:
+def _difference(
+    stock_errors: np.ndarray, variant_errors: np.ndarray, floor: float
+) -> tuple[float, float]:
+    """Paired interval of the mean of variant - stock, in parts of stock's mean squared error."""
+    scale = np.maximum(stock_errors, floor).mean()
+    difference = np.maximum(variant_errors, floor) - np.maximum(stock_errors, floor)
+    if not np.all(np.isfinite(difference)):
+        return np.inf, np.inf
+    low, high = mean_interval(difference)
+    return (low / scale, high / scale) if scale > 0.0 else (np.sign(low), np.sign(high))
+
+
+def shown(
+    stock_errors: np.ndarray, variant_errors: np.ndarray, floor: float = 0.0, margin: float = 0.0
+) -> str:
     """What the squared errors show of the variant: `closer` (no larger than stock's), `further`
     or `neither`; errors below `floor` are not told apart.
 
     A smaller rms alone would pass half of all kernels that are as noisy as stock, so the whole
-    paired bootstrap interval of the difference has to lie on one side of zero.
+    paired bootstrap interval of the difference has to lie beyond `margin` (parts of stock's mean).
     """
-    difference = np.maximum(variant_errors, floor) - np.maximum(stock_errors, floor)
-    if not np.all(np.isfinite(difference)):
+    return _shown(_difference(stock_errors, variant_errors, floor), stock_errors.size, margin)
+
+
+def _shown(difference: tuple[float, float], positions: int, margin: float) -> str:
+    low, high = difference
+    if np.isinf(low):
         return "further"
-    if difference.size < MIN_POSITIONS:
+    if positions < MIN_POSITIONS:
         return "neither"
-    low, high = mean_interval(difference)
-    if high <= 0.0:
+    if high <= -margin:
         return "closer"
-    return "further" if low > 0.0 else "neither"
+    return "further" if low > margin else "neither"
 
 
-def compare(stock: Mapping, variant: Mapping, oracle: Mapping) -> dict:
+def _squares(side: Mapping, oracle: Mapping) -> np.ndarray:
+    """Mean squared logit error of every forced position, over all prompts."""
+    return np.concatenate([(logit_error(side[n], oracle[n]) ** 2).mean(-1) for n in oracle])
+
+
+def _floor(oracle: Mapping) -> float:
+    return RESOLUTION**2 * np.mean([logits.var(axis=-1).mean() for logits in oracle.values()])
+
+
+def compare(stock: Mapping, variant: Mapping, oracle: Mapping, margin: float = 0.0) -> dict:
     """Both sides' rms logit error over all forced positions, what it shows, and _closeness."""
-    squares = [
-        np.concatenate([(logit_error(side[n], oracle[n]) ** 2).mean(-1) for n in oracle])
-        for side in (stock, variant)
-    ]
-    variance = np.mean([logits.var(axis=-1).mean() for logits in oracle.values()])
+    squares = [_squares(side, oracle) for side in (stock, variant)]
     rms = [float(np.sqrt(s.mean())) for s in squares]
+    difference = _difference(*squares, _floor(oracle))
     found = {"stock": rms[0], "variant": rms[1], "positions": squares[0].size}
-    found["shown"] = shown(*squares, RESOLUTION**2 * variance)
+    found["difference"] = None if np.isinf(difference[0]) else [float(d) for d in difference]
+    found["shown"] = _shown(difference, squares[0].size, margin)
     for side, logits in (("stock", stock), ("variant", variant)):
         found |= {f"{key}_{side}": v for key, v in _closeness(logits, oracle, oracle).items()}
     return found
+
+
+def rules_out(whole: Mapping, damaged: Mapping, oracle: Mapping) -> bool:
+    """Whether a variant is shown too close to the oracle to hide damage like that of `damaged`.
+
+    Independent errors add by their squares, so damage alone makes damaged - whole: the variant's
+    own is below that where it is below half of the damaged one's.
+    """
+    whole_errors, damaged_errors = (_squares(side, oracle) for side in (whole, damaged))
+    return shown(damaged_errors / 2, whole_errors, _floor(oracle)) == "closer"
 
 
 def judge(
@@ -183,13 +246,16 @@ def judge(
     stock: Mapping[str, np.ndarray],
     variant: Mapping[str, np.ndarray],
     oracle: Mapping[str, np.ndarray],
+    itself: Itself = REPEATS,
 ) -> Fidelity:
     """Verdict per prompt and over all; the arrays hold forced logits by prompt name.
 
     Every prompt that diverged needs its window in the three arrays; errors are pooled over all
-    forced positions.
+    forced positions. Where stock parts from itself its tokens are one draw of many: where others
+    part from them says nothing, and the pooled errors decide, beyond what stock's own draws
+    differ by.
     """
-    pooled = compare(stock, variant, oracle) if windows else None
+    pooled = compare(stock, variant, oracle, itself.margin) if windows else None
     found = []
     for name, tokens in variant_tokens.items():
         matched, total = matching(stock_tokens[name], tokens), len(tokens)
@@ -202,11 +268,21 @@ def judge(
         close = pooled["shown"] == "closer"
         reason = (
             f"at token {matched} stock's margin {margin:.3g} against its error {error:.3g}; "
-            f"logits {'' if close else 'not '}shown at least as close as stock's"
+            f"logits {'' if close else 'not '}shown at least as close as stock's{_draw(itself)}"
         )
-        verdict = "closer" if close and margin < error else "fail"
+        near = margin < error or not itself.repeats
+        verdict = "closer" if close and near else "fail"
         found.append(PromptVerdict(name, verdict, matched, total, reason))
     return _over_all(found, pooled)
+
+
+def _draw(itself: Itself) -> str:
+    if itself.repeats:
+        return ""
+    return (
+        f", by {itself.margin:.1%} of its squared error or more (stock parts from itself: "
+        f"{itself.matched}/{itself.total} tokens agree, so its margin does not decide)"
+    )
 
 
 def _equal_tokens(name: str, total: int, pooled: dict | None) -> PromptVerdict:
@@ -217,10 +293,12 @@ def _equal_tokens(name: str, total: int, pooled: dict | None) -> PromptVerdict:
 
 
 def not_closer(
-    stock_tokens: Mapping[str, Sequence[int]], tokens: Mapping[str, Sequence[int]], pooled: dict
+    stock_tokens: Mapping[str, Sequence[int]],
+    tokens: Mapping[str, Sequence[int]],
+    pooled: dict,
+    reason: str = "logits not shown at least as close as stock's",
 ) -> Fidelity:
-    """The verdict on a planted fault whose forced logits are not shown as close as stock's."""
-    reason = "logits not shown at least as close as stock's"
+    """The verdict on a planted fault whose forced logits are not shown as close as they must."""
     found = [
         PromptVerdict(name, "fail", matching(stock_tokens[name], t), len(t), reason)
         for name, t in tokens.items()
@@ -239,7 +317,8 @@ class Oracle:
 
     def __init__(self, model, checkpoint: Checkpoint, chunk: int = CHUNK):
         self.model, self.checkpoint, self.chunk = model, checkpoint, chunk
-        self._seen: dict[Window, tuple[np.ndarray, np.ndarray]] = {}
+        # By window and tokens: a stock that parts from itself has others after a longer run.
+        self._seen: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     def windows(
         self,
@@ -262,16 +341,17 @@ class Oracle:
         windows: Mapping[str, Window],
     ) -> tuple[dict, dict]:
         """(stock logits, oracle logits) by prompt name; the model must be unpatched."""
-        missing = [at for at in windows.values() if at not in self._seen]
+        keys = {name: (at, tuple(tokens[name][: at.end])) for name, at in windows.items()}
+        missing = {name: key for name, key in keys.items() if key not in self._seen}
         reference = load_oracle(self.checkpoint, self.model) if missing else None
         chunk = ORACLE_GPU_CHUNK if mx.default_device().type == mx.gpu else PREFILL_CHUNK
-        for at in missing:
-            case = (prompts[at.prompt].ids, tokens[at.prompt], at)
-            self._seen[at] = (
+        for name, key in missing.items():
+            case = (prompts[name].ids, tokens[name], windows[name])
+            self._seen[key] = (
                 forced_logits(self.model, *case),
                 forced_logits(reference, *case, chunk),
             )
         del reference
         mx.clear_cache()
-        stock = {name: self._seen[at][0] for name, at in windows.items()}
-        return stock, {name: self._seen[at][1] for name, at in windows.items()}
+        stock = {name: self._seen[key][0] for name, key in keys.items()}
+        return stock, {name: self._seen[key][1] for name, key in keys.items()}

@@ -38,6 +38,12 @@ def _interpretation(control: dict, found: Sequence[dict]) -> list[str]:
             f"Stock is not deterministic here: {aa['self_matched']}/{aa['self_total']} tokens "
             "agree between its own runs, so identity is not attainable by any variant."
         )
+        if noise := (aa.get("self_logits") or {}).get("difference"):
+            lines.append(
+                "The logits against the oracle decide, and a variant has to be shown closer by "
+                f"more than stock's own two passes seem to differ by, {max(map(abs, noise)):.1%} "
+                "of its squared error."
+            )
     if "fail" in (control["fidelity"]["verdict"], aa.get("undamaged", {}).get("stock")):
         lines.append(
             "The gate fails stock against itself: it passes only what is shown closer to the "
@@ -48,6 +54,12 @@ def _interpretation(control: dict, found: Sequence[dict]) -> list[str]:
         if aa["beside"] in aa.get("undamaged", {}):
             told += f"; without a fault {aa['undamaged'][aa['beside']]}"
         lines.append(f"Faults planted under `{aa['beside']}`: {told}.")
+    for name, error in aa.get("fault_errors_beside", {}).items():
+        could = "could not hide" if error["ruled_out"] else "is not shown unable to hide"
+        lines.append(
+            f"With `{name}` its rms error is {error['variant']:.3g} against stock's "
+            f"{error['stock']:.3g}; without it it {could} such damage."
+        )
     missed = [name for name, verdict in aa["faults"].items() if verdict != "fail"]
     if missed:
         lines.append(f"The fidelity gate missed planted faults ({', '.join(missed)}): distrust it.")
