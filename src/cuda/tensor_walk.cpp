@@ -12,9 +12,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = 8;
 constexpr int kDepth = 4;  // pieces of a warp on their way, of weights that wait for the router
-// As in kernels/attend.h and kernels/stretches.h. No more stretches than clusters that run at a
-// time: an H200 holds 14 with two blocks to a multiprocessor, 7 with one.
-constexpr int kBatch = 80, kStretch = 2048, kSplits = 3, kLatentSplits = 2;
+// As in kernels/attend.h and kernels/stretches.h.
+constexpr int kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
 
 int slices(int columns) {
@@ -124,7 +123,9 @@ std::string tensor_refusal(const Plan& plan) {
 }
 
 int cache_splits(int cached) {
-  return std::min(kSplits, cached / kStretch + 1);
+  int splits = 1;
+  while (splits < kSplits && cached >= splits * kStretch) splits *= 2;
+  return splits;
 }
 
 TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,

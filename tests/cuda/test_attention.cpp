@@ -136,7 +136,9 @@ bool inside(float got, Approx want) {
 
 // What the texts say of stretches.
 size_t active_of(const Row& row, size_t splits) {
-  return std::min<size_t>(splits, row.cached / kStretch + 1);
+  size_t active = 1;
+  while (active < splits && row.cached >= active * kStretch) active *= 2;
+  return active;
 }
 
 // How many of a head's results lie outside their bounds: those of each stretch, and the merged.

@@ -186,6 +186,11 @@ std::vector<std::vector<float>> rows_of(size_t experts) {
     if (i == 2) row[experts - 1] = INFINITY;
     if (i == 3) row[3] = -INFINITY;
     if (i == 5) row[experts / 2] = NAN;
+    if (i % 4 == 2) {  // neighbours by one bit, the lower index above and below
+      const size_t at = i % experts, next = (at + experts / 2) % experts;
+      row[at] = 5.0f;
+      row[next] = std::nextafter(5.0f, i % 8 == 2 ? 6.0f : 4.0f);
+    }
     rows.push_back(row);
   }
   return rows;

@@ -14,16 +14,10 @@ FUNC Spread<E> load_spread(L values, uint lane) {
 }
 
 // The K best keys, best first, with their values; of equal ones the highest index or the lowest.
-template <int E, int K, bool HIGHEST>
-FUNC Choice<K> choose_by_keys(const Spread<E>& values, const uint* keys, uint lane) {
-  constexpr int PLACES = (E + 31) / 32;
-  uint ranks[PLACES];  // 0: not there, or taken
-  UNROLL for (int p = 0; p < PLACES; ++p) {
-    uint i = lane + 32u * uint(p);
-    ranks[p] = i < uint(E) ? (HIGHEST ? i + 1u : uint(E) - i) : 0u;
-  }
-  Choice<K> chosen;
-  UNROLL for (int c = 0; c < K; ++c) {
+// `ranks`: 0 where nothing is.
+template <int E, int K, int PLACES>
+FUNC void choose_exactly(Choice<K>& chosen, uint (&ranks)[PLACES], const uint (&keys)[PLACES]) {
+  ROLLED for (uint c = 0; c < uint(K); ++c) {
     uint best = 0u, rank = 0u;
     UNROLL for (int p = 0; p < PLACES; ++p) best = ranks[p] > 0u && keys[p] > best ? keys[p] : best;
     best = lane_max(best);
@@ -31,11 +25,42 @@ FUNC Choice<K> choose_by_keys(const Spread<E>& values, const uint* keys, uint la
       rank = keys[p] == best && ranks[p] > rank ? ranks[p] : rank;
     }
     rank = lane_max(rank);
-    uint winner = HIGHEST ? rank - 1u : uint(E) - rank;
+    UNROLL for (int p = 0; p < PLACES; ++p) ranks[p] = ranks[p] == rank ? 0u : ranks[p];
+    UNROLL for (int i = 0; i < K; ++i) chosen.index[i] = uint(i) == c ? rank : chosen.index[i];
+  }
+}
+
+// The same, as a rule with one maximum a place instead of two: a key's low bits make room for its
+// rank. Where that makes two of the best K + 1 equal, the whole keys decide.
+template <int E, int K, bool HIGHEST>
+FUNC Choice<K> choose_by_keys(const Spread<E>& values, const uint (&keys)[(E + 31) / 32],
+                              uint lane) {
+  constexpr int PLACES = (E + 31) / 32;
+  constexpr uint LOW = E < 128 ? 127u : E < 256 ? 255u : 2047u;
+  uint ranks[PLACES], packed[PLACES], found[K + 1];
+  UNROLL for (int p = 0; p < PLACES; ++p) {
+    uint i = lane + 32u * uint(p);
+    ranks[p] = i < uint(E) ? (HIGHEST ? i + 1u : uint(E) - i) : 0u;
+    packed[p] = i < uint(E) ? (keys[p] & ~LOW) | ranks[p] : 0u;
+  }
+  UNROLL for (int c = 0; c <= K; ++c) {
+    uint best = packed[0];
+    UNROLL for (int p = 1; p < PLACES; ++p) best = packed[p] > best ? packed[p] : best;
+    found[c] = lane_max(best);
+    UNROLL for (int p = 0; p < PLACES; ++p) packed[p] = packed[p] == found[c] ? 0u : packed[p];
+  }
+  Choice<K> chosen;
+  bool close = false;
+  UNROLL for (int c = 0; c < K; ++c) {
+    chosen.index[c] = found[c] & LOW;
+    close = close || (found[c] ^ found[c + 1]) <= LOW;
+  }
+  if (close) choose_exactly<E, K, PLACES>(chosen, ranks, keys);
+  UNROLL for (int c = 0; c < K; ++c) {
+    uint winner = HIGHEST ? chosen.index[c] - 1u : uint(E) - chosen.index[c];
     float value = 0.0f;
     UNROLL for (int p = 0; p < PLACES; ++p) {
-      value = winner / 32u == uint(p) ? values.v[p] : value;
-      ranks[p] = ranks[p] == rank ? 0u : ranks[p];
+      value = lane + 32u * uint(p) == winner ? values.v[p] : value;
     }
     chosen.index[c] = winner;
     chosen.value[c] = shuffle(value, winner % 32u);

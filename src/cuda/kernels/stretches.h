@@ -4,11 +4,12 @@
 
 constexpr int kStretch = 2048;
 
-// At most MOST: one for every kStretch tokens, the newest among them.
+// At most MOST, a power of two: one for every kStretch tokens, the newest among them.
 template <int MOST>
 FUNC uint stretches(uint cached) {
-  uint wanted = cached / uint(kStretch) + 1u;
-  return wanted < uint(MOST) ? wanted : uint(MOST);
+  uint active = 1u;
+  while (active < uint(MOST) && cached >= active * kStretch) active *= 2u;
+  return active;
 }
 
 // Values [at, at + 8) of a head from its `active` stretches. partial: [MOST][D], each divided by
