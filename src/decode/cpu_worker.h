@@ -72,7 +72,8 @@ class CpuStep<A>::Worker {
   void products(Inputs<A>& x, std::initializer_list<Product> list);
   void add_products(Inputs<A>& x, const Matrix& w);  // hidden += w x
   void gate_up(Inputs<A>& x, int first, int count, const cpu::QuantizedMatrix& gate,
-               const cpu::QuantizedMatrix& up, A* out, int begin, int end);
+               const cpu::QuantizedMatrix& up, A* out, int begin, int end,
+               const cpu::Ahead& next = {});
 
   // The rows of the cache that row r attends to.
   cpu::RowsArgs cached(bool keys, int r, int head) const;
