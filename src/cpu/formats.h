@@ -18,8 +18,8 @@ struct Groups {
 };
 
 // integers: a code's integer, of bytes that hold one code each. floats: the same as floats, of
-// words whose other bits are zero. groups: the groups [first, first + n), n <= 16; scale_bytes: of one
-// group's scale, and of its bias where it has one.
+// words whose other bits are zero. groups: the groups [first, first + n), n <= 16; scale_bytes: of
+// one group's scale, and of its bias where it has one.
 template <int bits>
 struct AffineCodes {
   static constexpr int kBits = bits;

@@ -260,8 +260,7 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const char* vector = x + v() * x_stride;
       scale[v()] = groups.scale * load<f32x16>(vector + at.steps() + 4 * g);
-      bias_sum[v()] =
-          fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v()]);
+      bias_sum[v()] = fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v()]);
     });
     const auto step = [&](u8x64 bytes, int j) __attribute__((always_inline)) {
       const auto lane_groups = load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j]);
@@ -279,9 +278,8 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
     }
     if (g + kLanes >= at.groups && weight < end) step(load_bytes(weight, end - weight), j);
   }
-  unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-    out[v()] = sum[v()] + bias_sum[v()];
-  });
+  unrolled<kVectors>([&](auto v)
+                         __attribute__((always_inline)) { out[v()] = sum[v()] + bias_sum[v()]; });
 }
 
 // Up to sixteen rows; from row `last` on, it is `after` that will be wanted. The sums of several
