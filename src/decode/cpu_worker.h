@@ -10,7 +10,7 @@ namespace moefuse {
 
 constexpr int kBlock = 64;  // rows of a matrix in a block: some 70 kB, two microseconds of reading
 // Where a task reads several matrices in turn: rows of each, enough for a stream to get going.
-constexpr int kWideBlock = 128;
+constexpr int kWideBlock = 256;
 
 // Buffers between the stages, [rows, ...] each.
 template <class A>
