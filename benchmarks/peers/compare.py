@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def measure(arguments) -> list[dict]:
         for engine in engines if number % 2 == 0 else engines[::-1]:
             for threads in arguments.threads:
                 if engine in binaries:
-                    flags = FLAGS[engine]
+                    flags = FLAGS[engine] + shlex.split(getattr(arguments, f"{engine}_flags"))
                     ms = time_peer(binaries[engine], gguf, flags, threads)
                 else:
                     ms = time_moefuse(arguments.model, engine.split()[1], threads)
@@ -105,6 +106,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--ik", type=Path, help="a checkout of ik_llama.cpp")
     parser.add_argument("--llama", type=Path, help="a checkout of llama.cpp")
+    for peer in FLAGS:
+        parser.add_argument(f"--{peer}-flags", default="", help="more flags for its llama-bench")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--accumulate", nargs="+", default=["fp32_no_fma"])
     parser.add_argument("--rounds", type=int, default=6)

@@ -19,6 +19,9 @@ int main(int argc, char** argv) {
   params.fused_moe_up_gate = true;
   params.flash_attn = true;
 #endif
+#ifndef MOEFUSE_IK  // llama-bench's --repack 0
+  model_params.use_extra_bufts = !std::getenv("MOEFUSE_PEER_NO_REPACK");
+#endif
   llama_model* model = llama_model_load_from_file(argv[1], model_params);
   llama_context* context = model ? llama_init_from_model(model, params) : nullptr;
   std::FILE* out = std::fopen(argv[2], "wb");

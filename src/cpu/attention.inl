@@ -11,20 +11,6 @@ constexpr int kBlockRows = 64;  // that stay near while all heads go over them
 
 template <Dtype kDtype>
 struct Constant {};
-template <int kCount>
-struct Count {
-  constexpr int operator()() const { return kCount; }
-};
-
-// f(Count<0>) to f(Count<kCount - 1>). Sums that a loop indexes, or whose address anybody takes,
-// are kept in memory and stored in every turn: here each index is a constant from the start.
-template <int kCount, class F>
-inline __attribute__((always_inline)) void unrolled(F&& f) {
-  if constexpr (kCount > 0) {
-    unrolled<kCount - 1>(f);
-    f(Count<kCount - 1>{});
-  }
-}
 
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
 // before its one cast. The lanes are sixteen rows.
@@ -256,7 +242,7 @@ void rms_norm(const float* x, const float* weight, float eps, int n, float* out)
     const int count = n - i < kLanes ? n - i : kLanes;
     const f32x16 v = load_floats(x, Dtype::float32, i, count) * scale;
     const f32x16 y = v * load_floats(weight, Dtype::float32, i, count);
-    memcpy(out + i, &y, 4 * count);
+    store_floats(out, Dtype::float32, i, count, y);
   }
 }
 

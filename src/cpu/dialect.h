@@ -30,6 +30,21 @@ inline Vector load(const void* p) {
   return v;
 }
 
+template <int kCount>
+struct Count {
+  constexpr int operator()() const { return kCount; }
+};
+
+// f(Count<0>) to f(Count<kCount - 1>). Sums that a loop indexes, or whose address anybody takes,
+// are kept in memory and stored in every turn: here each index is a constant from the start.
+template <int kCount, class F>
+inline __attribute__((always_inline)) void unrolled(F&& f) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(f);
+    f(Count<kCount - 1>{});
+  }
+}
+
 // acc[l] += sum of w[4l + i] * x[4l + i], i in 0..3, exactly.
 [[maybe_unused]] inline i32x16 dot_bytes(i32x16 acc, u8x64 w, s8x64 x) {
 #if defined(__AVX512VNNI__)
@@ -219,7 +234,11 @@ inline Vector load(const void* p) {
 [[maybe_unused]] inline void store_floats(void* array, Dtype dtype, int64_t first, int n,
                                           f32x16 v) {
   if (dtype == Dtype::float32) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps((float*)array + first, (1u << n) - 1, (__m512)v);
+#else
     memcpy((float*)array + first, &v, n == kLanes ? 64 : 4 * n);
+#endif
     return;
   }
   const u16x16 narrow = dtype == Dtype::bfloat16 ? narrow_bfloat16(v) : narrow_half(v);

@@ -12,23 +12,21 @@
 namespace moefuse::cpu {
 namespace {
 
-constexpr int kPrefetchGroups = 256;  // ahead, in groups of a row: rows lie in a row
-
 // Sixteen groups of a row: W = scale * integer + bias.
 struct Groups {
   f32x16 scale, bias;
 };
 
 // integers: a code's integer, of bytes that hold one code each. floats: the same as floats, of
-// words whose other bits are zero. groups: the groups [first, first + n), n <= 16.
+// words whose other bits are zero. groups: the groups [first, first + n), n <= 16; scale_bytes: of
+// one group's scale, and of its bias where it has one.
 template <int bits>
 struct AffineCodes {
   static constexpr int kBits = bits;
   static u8x64 integers(u8x64 codes) { return codes; }
   static f32x16 floats(u32x16 codes) { return __builtin_convertvector((i32x16)codes, f32x16); }
+  static int scale_bytes(const QuantizedMatrix& w) { return w.dtype == Dtype::float32 ? 4 : 2; }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {
-    __builtin_prefetch((const char*)w.scales + 2 * (first + kPrefetchGroups));
-    __builtin_prefetch((const char*)w.biases + 2 * (first + kPrefetchGroups));
     return {load_floats(w.scales, w.dtype, first, n), load_floats(w.biases, w.dtype, first, n)};
   }
 };
@@ -56,9 +54,9 @@ struct Fp4Codes {
     return lookup(table, codes);
   }
   static f32x16 floats(u32x16 codes) { return permute(kE2m1 * 2.0f + 12.0f, (i32x16)codes); }
+  static int scale_bytes(const QuantizedMatrix&) { return 1; }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {
     const char* scales = (const char*)w.scales + first;
-    __builtin_prefetch(scales + kPrefetchGroups);
     typedef uint8_t u8x16 __attribute__((vector_size(16)));
     const u8x64 bytes = load_bytes(scales, n);
     const f32x16 scale = kScale(__builtin_convertvector(load<u8x16>(&bytes), u32x16));

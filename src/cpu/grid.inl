@@ -29,7 +29,7 @@ namespace moefuse::cpu {
 namespace {
 
 constexpr int kChunk = 64;            // bytes of a row handled at once
-constexpr int kPrefetch = 64 * 128;   // bytes ahead, to the second cache; rows lie in a row
+constexpr int kPrefetch = 64 * 128;   // bytes ahead, to the second cache
 constexpr float kGridMax = 32639.0f;  // 127 * 256 + 127
 
 // Where the parts of a prepared vector are: planes, then step and sum for each group.
@@ -171,14 +171,22 @@ struct Grid {
       part[1] = Codes::integers((u8x64)((u32x16)w >> 4) & 15);
     }
   }
-  f32x16 dot(const char* planes) const {
+  // All vectors take each step together: one alone is a chain of four dots and a shift.
+  template <int kVectors>
+  inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
+                                                  f32x16 (&out)[kVectors]) const {
     constexpr int parts = 8 / kBits;
-    i32x16 sum{};
-    for (int i = 0; i < parts; ++i) sum = dot_bytes(sum, part[i], load<s8x64>(planes + i * kChunk));
-    sum <<= 8;
-    for (int i = 0; i < parts; ++i)
-      sum = dot_bytes(sum, part[i], load<s8x64>(planes + (parts + i) * kChunk));
-    return __builtin_convertvector(sum, f32x16);
+    i32x16 sum[kVectors] = {};
+    unrolled<2 * parts>([&](auto i) __attribute__((always_inline)) {
+      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        if (i() == parts) sum[v()] <<= 8;
+        const auto plane = load<s8x64>(planes + v() * stride + i() * kChunk);
+        sum[v()] = dot_bytes(sum[v()], part[i() % parts], plane);
+      });
+    });
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      out[v()] = __builtin_convertvector(sum[v()], f32x16);
+    });
   }
 };
 
@@ -192,83 +200,137 @@ struct Float {
     for (int j = 0; j < 32 / kBits; ++j)
       value[j] = Codes::floats((u32x16)w >> (j * kBits) & ((1u << kBits) - 1));
   }
-  f32x16 dot(const char* planes) const {
-    f32x16 sum = value[0] * load<f32x16>(planes);
-    for (int j = 1; j < 32 / kBits; ++j) {
-      f32x16 x = load<f32x16>(planes + j * 64);
-      sum = kFused ? fused(value[j], x, sum) : sum + value[j] * x;
+  template <int kVectors>
+  inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
+                                                  f32x16 (&out)[kVectors]) const {
+    for (int v = 0; v < kVectors; ++v, planes += stride) {
+      f32x16 sum = value[0] * load<f32x16>(planes);
+      for (int j = 1; j < 32 / kBits; ++j) {
+        f32x16 x = load<f32x16>(planes + j * 64);
+        sum = kFused ? fused(value[j], x, sum) : sum + value[j] * x;
+      }
+      out[v] = sum;
     }
-    return sum;
   }
 };
 
-// The group of each lane of a chunk, among the sixteen whose scales are at hand.
+// The group of each lane of chunk j, among the sixteen whose scales are at hand.
 template <int kLanesPerGroup>
 struct LaneGroups {
-  i32x16 index;
-  int chunk = 0;
-  LaneGroups() {
-    for (int l = 0; l < kLanes; ++l) index[l] = l / kLanesPerGroup;
-  }
-  void next() {
-    if (++chunk * kLanes % kLanesPerGroup == 0)
-      index += kLanesPerGroup > kLanes ? 1 : kLanes / kLanesPerGroup;
+  alignas(64) int32_t of[kLanesPerGroup][kLanes];
+  constexpr LaneGroups() : of{} {
+    for (int j = 0; j < kLanesPerGroup; ++j)
+      for (int l = 0; l < kLanes; ++l) of[j][l] = (j * kLanes + l) / kLanesPerGroup;
   }
 };
+template <int kLanesPerGroup>
+constexpr LaneGroups<kLanesPerGroup> kLaneGroups;
 
 template <class Codes>
 using Fused = Float<Codes, true>;
 template <class Codes>
 using Separate = Float<Codes, false>;
 
-// One row of W against kVectors prepared vectors. kLanesPerGroup = group_size * bits / 32.
+// How far from a row lies what will be wanted some time after it, in bytes.
+struct Distance {
+  int64_t weight, scales, biases;
+};
+
+// One row of W against kVectors prepared vectors; leaves their sums in lanes. kLanesPerGroup =
+// group_size * bits / 32.
 template <class Chunk, int kLanesPerGroup, int kVectors>
-inline void qmv_row(const QuantizedMatrix& w, int row, const Layout& at, const char* x,
-                    int64_t x_stride, float* y, int64_t y_stride) {
-  const int row_bytes = w.cols * w.bits / 8;
+inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int row,
+                                                   const Distance& ahead, const Layout& at,
+                                                   const char* x, int64_t x_stride,
+                                                   f32x16 (&out)[kVectors]) {
+  const int row_bytes = w.cols * w.bits / 8, scale_bytes = Chunk::Codes::scale_bytes(w);
   const char* weight = (const char*)w.weight + int64_t(row) * row_bytes;
   const char* const end = weight + row_bytes;
   const int64_t first = int64_t(row) * at.groups;
+  const char* const scales_ahead = (const char*)w.scales + ahead.scales + first * scale_bytes;
+  const char* const biases_ahead = (const char*)w.biases + ahead.biases + first * scale_bytes;
   f32x16 sum[kVectors] = {}, bias_sum[kVectors] = {};
   const char* planes = x;
   for (int g = 0; g < at.groups; g += kLanes) {
     const int n = at.groups - g < kLanes ? at.groups - g : kLanes;
+    __builtin_prefetch(scales_ahead + g * scale_bytes);
+    __builtin_prefetch(biases_ahead + g * scale_bytes);
     const Groups groups = Chunk::Codes::groups(w, first + g, n);
     f32x16 scale[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const char* vector = x + v * x_stride;
-      scale[v] = groups.scale * load<f32x16>(vector + at.steps() + 4 * g);
-      bias_sum[v] = fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v]);
-    }
-    LaneGroups<kLanesPerGroup> lane_groups;
-    auto step = [&](u8x64 bytes) {
-      const Chunk weights(bytes);
-      for (int v = 0; v < kVectors; ++v) {
-        const f32x16 dot = weights.dot(planes + v * x_stride);
-        sum[v] = fused(dot, permute(scale[v], lane_groups.index), sum[v]);
-      }
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      const char* vector = x + v() * x_stride;
+      scale[v()] = groups.scale * load<f32x16>(vector + at.steps() + 4 * g);
+      bias_sum[v()] = fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v()]);
+    });
+    const auto step = [&](u8x64 bytes, int j) __attribute__((always_inline)) {
+      const auto lane_groups = load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j]);
+      f32x16 dot[kVectors];
+      Chunk(bytes).dots(planes, x_stride, dot);
+      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        sum[v()] = fused(dot[v()], permute(scale[v()], lane_groups), sum[v()]);
+      });
       planes += at.plane_bytes;
-      lane_groups.next();
     };
-    for (int j = 0; j < kLanesPerGroup && end - weight >= kChunk; ++j, weight += kChunk) {
-      __builtin_prefetch(weight + kPrefetch, 0, 2);
-      step(load<u8x64>(weight));
+    int j = 0;
+    for (; j < kLanesPerGroup && end - weight >= kChunk; ++j, weight += kChunk) {
+      __builtin_prefetch(weight + ahead.weight, 0, 2);
+      step(load<u8x64>(weight), j);
     }
-    if (g + kLanes >= at.groups && weight < end) step(load_bytes(weight, end - weight));
+    if (g + kLanes >= at.groups && weight < end) step(load_bytes(weight, end - weight), j);
   }
-  for (int v = 0; v < kVectors; ++v) y[v * y_stride] = sum_lanes(sum[v] + bias_sum[v]);
+  unrolled<kVectors>([&](auto v)
+                         __attribute__((always_inline)) { out[v()] = sum[v()] + bias_sum[v()]; });
+}
+
+// Up to sixteen rows; from row `last` on, it is `after` that will be wanted. The sums of several
+// vectors are added up together at the end. Those of one are not: keeping sixteen back costs more
+// than it saves where memory sets the pace (7 % of it).
+template <class Chunk, int kLanesPerGroup, int kVectors>
+void qmv_rows(const QuantizedMatrix w, const Layout at, const char* x, float* y, int64_t y_stride,
+              int row, int rows, const Distance ahead, const Distance after, int last) {
+  f32x16 sums[kVectors][kLanes] = {};
+  for (int r = 0; r < rows; ++r) {
+    f32x16 sum[kVectors];
+    qmv_row<Chunk, kLanesPerGroup>(w, row + r, row + r < last ? ahead : after, at, x, at.bytes(),
+                                   sum);
+    if constexpr (kVectors == 1)
+      y[row + r] = sum_lanes(sum[0]);
+    else
+      for (int v = 0; v < kVectors; ++v) sums[v][r] = sum[v];
+  }
+  if constexpr (kVectors > 1) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum_lanes16(sums[v]);
+      memcpy(y + v * y_stride + row, sums[v], 4 * rows);
+    }
+  }
 }
 
 template <class Chunk, int kLanesPerGroup>
-void qmv_rows(const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,
-              int row_begin, int row_end) {
+void qmv_range(const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,
+               int row_begin, int row_end, const Ahead& next) {
   const Layout at(Chunk::kDot, w.cols, w.group_size, w.bits);
-  const int64_t x_stride = at.bytes();
-  for (int row = row_begin; row < row_end; ++row) {
-    int v = 0;  // the row stays in the cache for the second and later passes over it
+  const int64_t row_bytes = int64_t(w.cols) * w.bits / 8;
+  const int64_t scales_bytes = int64_t(at.groups) * Chunk::Codes::scale_bytes(w);
+  const int rows_ahead = int((kPrefetch + row_bytes - 1) / row_bytes);
+  const Distance ahead = {rows_ahead * row_bytes, rows_ahead * scales_bytes,
+                          rows_ahead * scales_bytes};
+  Distance after = ahead;
+  if (next.weight) {
+    const auto distance = [&](const void* to, const void* from, int64_t bytes) {
+      return (const char*)to - ((const char*)from + (row_end - rows_ahead) * bytes);
+    };
+    after = {distance(next.weight, w.weight, row_bytes),
+             distance(next.scales, w.scales, scales_bytes),
+             distance(next.biases, w.biases, scales_bytes)};
+  }
+  for (int row = row_begin; row < row_end; row += kLanes) {
+    const int rows = row_end - row < kLanes ? row_end - row : kLanes;
+    int v = 0;  // sixteen rows stay in the cache for the second and later passes over them
     auto pass = [&](auto count) {
-      qmv_row<Chunk, kLanesPerGroup, count()>(w, row, at, (const char*)x + v * x_stride, x_stride,
-                                              y + v * y_stride + row, y_stride);
+      qmv_rows<Chunk, kLanesPerGroup, count()>(w, at, (const char*)x + v * at.bytes(),
+                                               y + v * y_stride, y_stride, row, rows, ahead, after,
+                                               row_end - rows_ahead);
       v += count();
     };
     while (vectors - v >= 4) pass([] { return 4; });
@@ -288,29 +350,29 @@ void prepare(Dot dot, const void* x, Dtype dtype, int cols, int group_size, int 
 
 template <template <class> class Chunk>
 void qmv_shape(const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,
-               int row_begin, int row_end) {
-  auto run = [&](auto rows) { rows(w, x, vectors, y, y_stride, row_begin, row_end); };
-  if (w.format == Format::mxfp4) return run(qmv_rows<Chunk<Mxfp4Codes>, 4>);
-  if (w.format == Format::nvfp4) return run(qmv_rows<Chunk<Nvfp4Codes>, 2>);
+               int row_begin, int row_end, const Ahead& next) {
+  auto run = [&](auto rows) { rows(w, x, vectors, y, y_stride, row_begin, row_end, next); };
+  if (w.format == Format::mxfp4) return run(qmv_range<Chunk<Mxfp4Codes>, 4>);
+  if (w.format == Format::nvfp4) return run(qmv_range<Chunk<Nvfp4Codes>, 2>);
   if (w.bits == 4) {
-    if (w.group_size == 32) return run(qmv_rows<Chunk<AffineCodes<4>>, 4>);
-    if (w.group_size == 64) return run(qmv_rows<Chunk<AffineCodes<4>>, 8>);
-    return run(qmv_rows<Chunk<AffineCodes<4>>, 16>);
+    if (w.group_size == 32) return run(qmv_range<Chunk<AffineCodes<4>>, 4>);
+    if (w.group_size == 64) return run(qmv_range<Chunk<AffineCodes<4>>, 8>);
+    return run(qmv_range<Chunk<AffineCodes<4>>, 16>);
   }
-  if (w.group_size == 32) return run(qmv_rows<Chunk<AffineCodes<8>>, 8>);
-  if (w.group_size == 64) return run(qmv_rows<Chunk<AffineCodes<8>>, 16>);
-  return run(qmv_rows<Chunk<AffineCodes<8>>, 32>);
+  if (w.group_size == 32) return run(qmv_range<Chunk<AffineCodes<8>>, 8>);
+  if (w.group_size == 64) return run(qmv_range<Chunk<AffineCodes<8>>, 16>);
+  return run(qmv_range<Chunk<AffineCodes<8>>, 32>);
 }
 
 void qmv(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y, int64_t y_stride,
-         int row_begin, int row_end) {
+         int row_begin, int row_end, const Ahead& next) {
   switch (dot) {
     case Dot::grid:
-      return qmv_shape<Grid>(w, x, vectors, y, y_stride, row_begin, row_end);
+      return qmv_shape<Grid>(w, x, vectors, y, y_stride, row_begin, row_end, next);
     case Dot::fma:
-      return qmv_shape<Fused>(w, x, vectors, y, y_stride, row_begin, row_end);
+      return qmv_shape<Fused>(w, x, vectors, y, y_stride, row_begin, row_end, next);
     default:
-      return qmv_shape<Separate>(w, x, vectors, y, y_stride, row_begin, row_end);
+      return qmv_shape<Separate>(w, x, vectors, y, y_stride, row_begin, row_end, next);
   }
 }
 

@@ -25,6 +25,12 @@ struct QuantizedMatrix {
   Format format = Format::affine;
 };
 
+// What will be read next: qmv asks for its first kilobytes while it reads its own last rows. With
+// no weight, it asks for the rows that follow its last.
+struct Ahead {
+  const void *weight = nullptr, *scales = nullptr, *biases = nullptr;
+};
+
 // How an fp32 mode multiplies. grid: activations on a 15-bit integer grid for each group, exact
 // integer dots (for bfloat16 and float16 models). fma, separate: fp32 activations, products fused
 // or rounded apart (for float32 models). src/cpu/grid.inl has the error bounds.
@@ -75,7 +81,7 @@ struct Kernels {
   // one pass over the weights. x: `vectors` prepared vectors, one after the other. The bits depend
   // on nothing but W's row and x_v: not on the instruction set, the row range or the neighbours.
   void (*qmv)(Dot dot, const QuantizedMatrix& w, const void* x, int vectors, float* y,
-              int64_t y_stride, int row_begin, int row_end);
+              int64_t y_stride, int row_begin, int row_end, const Ahead& next);
   // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i] in fp32, within 4 units in the last place.
   // out may be gate or up.
   void (*swiglu)(const float* gate, const float* up, float* out, int n);

@@ -44,7 +44,7 @@ class Vectors {
                int end) const {
     if (!a_.exact) {
       kernels().qmv(a_.dot, w, at(group.begin), group.end - group.begin,
-                    reinterpret_cast<float*>(y) + group.begin * stride, stride, begin, end);
+                    reinterpret_cast<float*>(y) + group.begin * stride, stride, begin, end, {});
       return;
     }
     for (int p = group.begin; p < group.end; ++p)

@@ -37,7 +37,7 @@ void swiglu(const float* gate, const float* up, float* out, int n) {
     const f32x16 g = load_floats(gate, Dtype::float32, i, count);
     const f32x16 u = load_floats(up, Dtype::float32, i, count);
     const f32x16 y = g / (splat(1.0f) + exp_lanes(-g)) * u;
-    memcpy(out + i, &y, 4 * count);
+    store_floats(out, Dtype::float32, i, count, y);
   }
 }
 

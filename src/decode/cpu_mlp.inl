@@ -61,12 +61,12 @@ void CpuStep<A>::Worker::run(const Router& s) {
 template <class A>
 void CpuStep<A>::Worker::gate_up(Inputs<A>& x, int first, int count,
                                  const cpu::QuantizedMatrix& gate, const cpu::QuantizedMatrix& up,
-                                 A* out, int begin, int end) {
+                                 A* out, int begin, int end, const cpu::Ahead& next) {
   const int64_t width = gate.rows;
   scratch_.resize(std::max<size_t>(scratch_.size(), count * width));
-  fetch(up, begin);
-  x.project(gate, first, count, out, width, begin, end);
-  x.project(up, first, count, scratch_.data(), width, begin, end);
+  x.project(gate, first, count, out, width, begin, end, ahead(up, begin));
+  x.project(up, first, count, scratch_.data(), width, begin, end,
+            next.weight ? next : ahead(gate, end));
   for (int i = 0; i < count; ++i) {
     A* g = out + i * width + begin;
     const A* u = scratch_.data() + i * width + begin;
@@ -84,6 +84,12 @@ void CpuStep<A>::Worker::run(const ExpertsGateUp& s) {
   const int routed = static_cast<int>(slots_.groups.size()) * blocks;
   const int shared_width = s.shared_gate ? s.shared_gate->rows : 0;
   const int k = config_.num_experts_per_tok;
+  // A task's first rows: neighbours in the thread's run ask for each other's.
+  const auto start = [&](int task) {
+    if (task < routed)
+      return ahead(view(s.gate, slots_.groups[task / blocks].expert), task % blocks * kRows);
+    return s.shared_gate ? ahead(view(*s.shared_gate), (task - routed) * kRows) : cpu::Ahead{};
+  };
   team_.share(thread_, routed + (shared_width + kRows - 1) / kRows, [&](int task) {
     if (task >= routed) {
       const int begin = (task - routed) * kRows, end = std::min(begin + kRows, shared_width);
@@ -97,7 +103,8 @@ void CpuStep<A>::Worker::run(const ExpertsGateUp& s) {
     for (int p = group.begin, next; p < group.end; p = next) {
       const int row = slots_.order[p] / k;  // rows that follow each other go in one pass
       for (next = p + 1; next < group.end && slots_.order[next] / k == row + next - p;) ++next;
-      gate_up(x_, row, next - p, gate, up, shared_.inner.data() + int64_t(p) * width, begin, end);
+      gate_up(x_, row, next - p, gate, up, shared_.inner.data() + int64_t(p) * width, begin, end,
+              next < group.end ? ahead(gate, begin) : start(task + 1));
     }
   });
 }
@@ -136,12 +143,16 @@ void CpuStep<A>::Worker::run(const ExpertsDown& s) {
     const int begin = block * kWideBlock, end = std::min(begin + kWideBlock, hidden);
     for (size_t i = 0; i < slots_.groups.size(); ++i) {
       const cpu::Group& g = slots_.groups[i];
-      if (i + 1 < slots_.groups.size()) fetch(view(s.down, slots_.groups[i + 1].expert), begin);
       inner_.project(view(s.down, g.expert), g.begin, g.end - g.begin,
-                     down_.data() + int64_t(g.begin) * hidden, hidden, begin, end);
+                     down_.data() + int64_t(g.begin) * hidden, hidden, begin, end,
+                     i + 1 < slots_.groups.size()
+                         ? ahead(view(s.down, slots_.groups[i + 1].expert), begin)
+                     : s.shared_down ? ahead(view(*s.shared_down), begin)
+                                     : ahead(view(s.down, slots_.groups[0].expert), end));
     }
     if (s.shared_down)
-      shared_inner_.project(view(*s.shared_down), scratch_.data(), hidden, begin, end);
+      shared_inner_.project(view(*s.shared_down), scratch_.data(), hidden, begin, end,
+                            ahead(view(s.down, slots_.groups[0].expert), end));
     combine_experts(s, begin, end);
   });
 }

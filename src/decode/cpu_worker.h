@@ -10,7 +10,7 @@ namespace moefuse {
 
 constexpr int kBlock = 64;  // rows of a matrix in a block: some 70 kB, two microseconds of reading
 // Where a task reads several matrices in turn: rows of each, enough for a stream to get going.
-constexpr int kWideBlock = 128;
+constexpr int kWideBlock = 256;
 
 // Buffers between the stages, [rows, ...] each.
 template <class A>
@@ -72,7 +72,8 @@ class CpuStep<A>::Worker {
   void products(Inputs<A>& x, std::initializer_list<Product> list);
   void add_products(Inputs<A>& x, const Matrix& w);  // hidden += w x
   void gate_up(Inputs<A>& x, int first, int count, const cpu::QuantizedMatrix& gate,
-               const cpu::QuantizedMatrix& up, A* out, int begin, int end);
+               const cpu::QuantizedMatrix& up, A* out, int begin, int end,
+               const cpu::Ahead& next = {});
 
   // The rows of the cache that row r attends to.
   cpu::RowsArgs cached(bool keys, int r, int head) const;

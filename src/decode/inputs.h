@@ -27,15 +27,13 @@ inline cpu::QuantizedMatrix view(const Matrix& m, int64_t index = 0) {
           m.bits};
 }
 
-// Asks for the first bytes of w's rows from `row` on: the kernel itself looks no further ahead than
-// this, and only along the rows that it was given.
-inline void fetch(const cpu::QuantizedMatrix& w, int row) {
-  constexpr int kBytes = 4096, kLine = 64;
-  const int64_t groups = w.cols / w.group_size;
-  const char* codes = reinterpret_cast<const char*>(w.weight) + int64_t(row) * w.cols * w.bits / 8;
-  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch(codes + i, 0, 2);
-  for (const void* part : {w.scales, w.biases})
-    __builtin_prefetch(static_cast<const char*>(part) + row * groups * 2, 0, 2);
+// The rows of w from `row` on, as what will be read next.
+inline cpu::Ahead ahead(const cpu::QuantizedMatrix& w, int row) {
+  const int64_t groups = int64_t(row) * (w.cols / w.group_size);
+  const int size = w.dtype == cpu::Dtype::float32 ? 4 : 2;
+  return {w.weight + int64_t(row) * w.cols * w.bits / 32,
+          static_cast<const char*>(w.scales) + groups * size,
+          static_cast<const char*>(w.biases) + groups * size};
 }
 
 template <class A>
@@ -52,19 +50,21 @@ class Inputs {
   }
 
   // y[(i - first) * y_stride + n] = (w x_i)[n] for n in [begin, end), i in [first, first + count).
+  // next: what the thread reads afterwards, if that is not w's next rows.
   void project(const cpu::QuantizedMatrix& w, int first, int count, A* y, int64_t y_stride,
-               int begin, int end) {
+               int begin, int end, const cpu::Ahead& next = {}) {
     if constexpr (kExact<A>) {
       for (int i = 0; i < count; ++i)
         cpu::kernels().exact_qmv(w, from_ + int64_t(first + i) * cols_, y + i * y_stride, begin,
                                  end);
     } else {
       if (w.bits != bits_ || w.group_size != group_size_) lay_out(w);
-      cpu::kernels().qmv(dot_, w, aligned() + first * bytes_, count, y, y_stride, begin, end);
+      cpu::kernels().qmv(dot_, w, aligned() + first * bytes_, count, y, y_stride, begin, end, next);
     }
   }
-  void project(const cpu::QuantizedMatrix& w, A* y, int64_t y_stride, int begin, int end) {
-    project(w, 0, count_, y, y_stride, begin, end);
+  void project(const cpu::QuantizedMatrix& w, A* y, int64_t y_stride, int begin, int end,
+               const cpu::Ahead& next = {}) {
+    project(w, 0, count_, y, y_stride, begin, end, next);
   }
   const A* vector(int i) const { return from_ + int64_t(i) * cols_; }
 

@@ -85,7 +85,7 @@ std::vector<float> run(const Kernels& table, Dot dot, const Problem& p, int firs
     table.prepare(dot, p.x.data() + v * p.x_bytes(), c.dtype, c.cols, c.group_size, c.bits,
                   prepared.data() + v * bytes);
   std::vector<float> y(size_t(c.vectors) * c.rows, -1e30f);
-  table.qmv(dot, p.matrix(), prepared.data(), c.vectors, y.data(), c.rows, first_row, last_row);
+  table.qmv(dot, p.matrix(), prepared.data(), c.vectors, y.data(), c.rows, first_row, last_row, {});
   return y;
 }
 
