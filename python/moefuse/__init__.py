@@ -8,6 +8,7 @@ from ._core import (
     gather_qmm_swiglu,
     moe_combine_weighted_sum_fp32_no_fma,
     moe_gather_qmm_swiglu_downproj_combine,
+    moe_prefill,
     moe_router_argpartition_logits_topk,
 )
 from .capabilities import capabilities
@@ -29,6 +30,7 @@ __all__ = [
     "install_zmlx_primitive",
     "moe_combine_weighted_sum_fp32_no_fma",
     "moe_gather_qmm_swiglu_downproj_combine",
+    "moe_prefill",
     "moe_router_argpartition_logits_topk",
     "patch",
     "uninstall_zmlx_primitive",
