@@ -97,6 +97,14 @@ mx::array moe_prefill(const mx::array& x, const QuantizedExperts& gate, const Qu
                       int group_size = 64, int bits = 4, const std::string& mode = "affine",
                       PrefillForm form = PrefillForm::device, mx::StreamOrDevice s = {});
 
+// A quantised linear layer for the many rows of a prompt: x [..., K], w one matrix [N, K] with no
+// axis of experts -> [..., N] of x's dtype. exact has the bits of stock's quantized_matmul on the
+// CPU; on a GPU it is stock's.
+mx::array prefill_linear(const mx::array& x, const QuantizedExperts& w,
+                         Accumulate accumulate = Accumulate::exact, int group_size = 64,
+                         int bits = 4, const std::string& mode = "affine",
+                         mx::StreamOrDevice s = {});
+
 // silu(gather_qmm(x, gate)) * gather_qmm(x, up), with gather_qmm's batching: x [..., M, K], indices
 // broadcast against each other -> indices.shape + [M, N].
 mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,

@@ -10,6 +10,7 @@ from ._core import (
     moe_gather_qmm_swiglu_downproj_combine,
     moe_prefill,
     moe_router_argpartition_logits_topk,
+    prefill_linear,
 )
 from .capabilities import capabilities
 from .flags import ACCUMULATE, VARIANTS
@@ -33,6 +34,7 @@ __all__ = [
     "moe_prefill",
     "moe_router_argpartition_logits_topk",
     "patch",
+    "prefill_linear",
     "uninstall_zmlx_primitive",
     "unpatch",
 ]

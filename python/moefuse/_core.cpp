@@ -139,6 +139,30 @@ Raises:
     is only seen where its value is known at the call.)");
 }
 
+void bind_prefill_linear(nb::module_& m) {
+  m.def(
+      "prefill_linear",
+      [](const mx::array& x, const mx::array& w, const mx::array& scales, const Optional& biases,
+         const std::string& accumulate, int group_size, int bits, const std::string& mode,
+         mx::StreamOrDevice stream) {
+        return moefuse::prefill_linear(x, {w, scales, biases}, moefuse::accumulate_from(accumulate),
+                                       group_size, bits, mode, stream);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a.none(), nb::kw_only(), "accumulate"_a = "exact",
+      "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine", "stream"_a = nb::none(),
+      R"(mx.quantized_matmul(x, w, scales, biases, transpose=True) for the many rows of a prompt.
+
+Args:
+    x: [..., K], float32, float16 or bfloat16.
+    w, scales, biases: one matrix [N, K], as mx.quantize gives it; biases None in fp4 modes.
+    accumulate: "exact" (stock's bits on the CPU), "fp32_no_fma" or "fp32".
+    mode: "affine" (group_size 32, 64 or 128, bits 4 or 8), "mxfp4" (32, 4) or "nvfp4" (16, 4).
+Returns:
+    [..., N] of x's dtype. On a GPU it is mx.quantized_matmul's own.
+Raises:
+    ValueError: names the tensor, what was expected and what came.)");
+}
+
 void bind_gather_qmm_swiglu(nb::module_& m) {
   m.def(
       "gather_qmm_swiglu",
@@ -172,6 +196,7 @@ NB_MODULE(_core, m) {
   bind_combine(m);
   bind_experts(m);
   bind_prefill(m);
+  bind_prefill_linear(m);
   bind_gather_qmm_swiglu(m);
   bind_decoder(m);
   m.def("op_counters", &moefuse::op_counters,
