@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx.nn.layers.distributed import sum_gradients
 
 from . import _core, flags
+from . import prefill as prefill_layers
 from .families import FAMILIES, MAX_TOP_K, Family, family_of
 
 log = logging.getLogger("moefuse")
@@ -49,6 +50,7 @@ _OPS = {
     "moe_router_argpartition_logits_topk": "moe_router",
     "moe_gather_qmm_swiglu_downproj_combine": "moe_experts",
     "moe_prefill": "moe_prefill",
+    "prefill_linear": "prefill_linear",
     "moe_combine_weighted_sum_fp32_no_fma": "moe_combine",
     "gather_qmm_swiglu": "gather_qmm_swiglu",
 }
@@ -501,6 +503,8 @@ def patch(
     report = PatchReport(request)
     if set(request.variants) - {"step"}:
         _attach_blocks(model, _Patch(family, request, report))
+    if "prefill" in request.variants:
+        prefill_layers.attach(model, report, request.accumulate, _FORMATS)
     model._moefuse_report = report
     if "step" in request.variants:
         _attach_step(model, report)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 from mlx_lm_support import MODELS, folder
+from moefuse.lab.checkpoint import inspect
+from moefuse.lab.fidelity import load_oracle
 from patch_support import DTYPES, FAMILIES, bits, decode, prompt, same_bits, same_decode, tiny
 
 UNIT = 2.0**-24  # float32
@@ -22,6 +24,20 @@ def on_cpu():
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(device)
+
+
+@pytest.fixture
+def patched():
+    """patch() that comes off at the end of the test."""
+    models = []
+
+    def apply(model, *args, **kwargs):
+        models.append(model)
+        return moefuse.patch(model, *args, **kwargs)
+
+    yield apply
+    for model in models:
+        moefuse.unpatch(model)
 
 
 def stack(rng, count, rows, cols, dtype, **options):
@@ -229,21 +245,72 @@ def test_bad_input_is_named(form):
     refused(r"indices\[2\]: .*less than 7.*7", x, gate, up, down, beyond, weights)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_linear_of_many_rows_is_stock_bit_for_bit_and_nearer_to_the_truth_in_fp32(dtype):
+    rng = np.random.default_rng(7)
+    for (bits_, group), (rows, out) in zip(
+        FORMATS, ((3, 17), (37, 100), (64, 64), (16, 65), (129, 63), (5, 192)), strict=True
+    ):
+        options = {"bits": bits_, "group_size": group}
+        (w,) = [[a[0] for a in stack(rng, 1, out, 256, dtype, **options)]]
+        x = mx.array(rng.normal(size=(rows, 256)).astype(np.float32)).astype(dtype)
+        want = mx.quantized_matmul(x, *w, transpose=True, **options)
+        assert same_bits(moefuse.prefill_linear(x, *w, **options), want)
+        assert same_bits(moefuse.prefill_linear(x[None], *w, **options)[0], want)
+        matrix, size = exact_matrices(w, **options)
+        rows64 = np.array(x.astype(mx.float32), np.float64)
+        near = moefuse.prefill_linear(x, *w, accumulate="fp32_no_fma", **options)
+        errors = [
+            np.abs(np.array(y.astype(mx.float32), np.float64) - rows64 @ matrix.T)
+            for y in (near, want)
+        ]
+        if dtype != mx.float32:
+            assert errors[0].mean() < errors[1].mean()
+        else:
+            bound = gamma(256 + 3) * (np.abs(rows64) @ size.T)
+            assert all((e <= bound).all() for e in errors)
+
+
+def test_a_bad_linear_is_named():
+    w = [a[0] for a in stack(np.random.default_rng(8), 1, 64, 128, mx.bfloat16, group_size=64)]
+    x = mx.zeros((20, 128), mx.bfloat16)
+    for match, args in (
+        (r"\[prefill_linear\] x: .*K 128", (x[:, :64], *w)),
+        (r"\[prefill_linear\] w.scales: ", (x, w[0], w[1][:, :1], w[2])),
+        (r"\[prefill_linear\] w.scales: .*float32", (x.astype(mx.float32), *w)),
+        (r"\[prefill_linear\] w.weight: .*rank 2", (x, w[0][None], *w[1:])),
+        (r"\[prefill_linear\] w.biases: ", (x, *w[:2], None)),
+        (r"\[prefill_linear\] x: ", (x.astype(mx.int32), *w)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            moefuse.prefill_linear(*args)
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_a_multi_linear_is_nearer_to_the_truth_than_stock(transpose, patched):
+    model = tiny("glm")
+    layer = model.layers[1].self_attn[("embed_q", "unembed_out")[transpose]]
+    width = layer["scales"].shape[-1] * layer.group_size if transpose else layer["weight"].shape[-2]
+    x = mx.random.normal((1, 1, 40, width)).astype(mx.bfloat16)[..., :37, :]
+    stock_y = layer(x, transpose)
+    mx.eval(stock_y)
+    patched(model, ["prefill"], accumulate="fp32_no_fma")
+    got = layer(x, transpose)
+    parts = [layer[name] for name in ("weight", "scales", "biases")]
+    matrix, _ = exact_matrices(parts, layer.bits, layer.group_size)
+    rows = np.array(x.astype(mx.float32), np.float64)
+    truth = rows @ (matrix.swapaxes(-1, -2) if transpose else matrix)
+    errors = [
+        np.abs(np.array(y.astype(mx.float32), np.float64) - truth).mean() for y in (got, stock_y)
+    ]
+    assert got.shape == stock_y.shape and got.dtype == stock_y.dtype
+    assert errors[0] < errors[1]
+    before = layer(x[..., :1, :], transpose)
+    moefuse.unpatch(model)
+    assert same_bits(before, layer(x[..., :1, :], transpose))  # one row is a decode step's
+
+
 # -- the patch ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def patched():
-    """patch() that comes off at the end of the test."""
-    models = []
-
-    def apply(model, *args, **kwargs):
-        models.append(model)
-        return moefuse.patch(model, *args, **kwargs)
-
-    yield apply
-    for model in models:
-        moefuse.unpatch(model)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,7 +326,9 @@ def test_a_patched_prompt_is_stock_bit_for_bit(family, dtype, patched):
         assert "moe_prefill" in report.patterns
         for n in lengths:
             before = report.calls.get("moe_prefill", 0)
+            linears = report.calls.get("prefill_linear", 0)
             assert same_bits(model(prompt(n, rows=2)), want[n])
+            assert (report.calls.get("prefill_linear", 0) > linears) == (2 * n >= 16)
             k = 8 if family == "qwen" else 4
             ran = report.calls.get("moe_prefill", 0) - before
             assert ran == (2 if 2 * n * k >= 64 else 0), n
@@ -275,11 +344,11 @@ def test_training_sharding_and_other_weights_stay_stock(patched):
     report = patched(model, [], prefill=True)
     model.train()
     model(prompt(40))
-    assert report.calls == {} and "block: training mode" in report.fallbacks
+    assert not report.calls and "block: training mode" in report.fallbacks
     model.eval()
     model.layers[0].mlp.sharding_group = mx.distributed.init()
     mx.eval(model(prompt(40)))
-    assert report.calls == {"moe_prefill": 1}  # the other block's
+    assert report.calls["moe_prefill"] == 1  # the other block's
     assert report.fallbacks["prefill: a sharded model"] == 1
     other = tiny("qwen", quantize={"group_size": 32, "bits": 5})
     report = patched(other, ["prefill"])
@@ -315,6 +384,16 @@ def test_a_trained_checkpoint_prefills_and_generates_as_stock(name, patched):
     mx.eval(want)
     report = patched(model, ["step", "prefill"])
     assert same_bits(model(ids), want)
-    assert report.calls["moe_prefill"] > 0
+    assert report.calls["moe_prefill"] > 0 and report.calls["prefill_linear"] > 0
+    steps = decode(model, 40, 8)
+    assert report.calls["step"] > 0
+
+    oracle = load_oracle(inspect(folder(name)), model)(ids)
+    patched(model, ["prefill"], accumulate="fp32_no_fma")
+    near = model(ids)
+    errors = [mx.abs(y.astype(mx.float32) - oracle).mean().item() for y in (near, want)]
+    assert errors[0] < errors[1] / 2
+
     moefuse.unpatch(model)
     assert bits(model(ids)).tobytes() == bits(want).tobytes()
+    assert same_decode(decode(model, 40, 8), steps)
