@@ -16,6 +16,7 @@ import mlx.nn as nn
 from . import _core
 
 LINEAR, MULTI_LINEAR = "prefill_linear", "prefill_multi_linear"  # as they are counted
+DENSE_ON_CUDA = False  # linear layers as dequantise and matmul there too
 ROWS = 16  # from here on a prompt, not a batch that decodes
 
 
@@ -62,9 +63,42 @@ def _multi_linear(layer, x: mx.array, transpose: bool = True) -> mx.array:
     if layer._training or x.shape[-2] < ROWS:
         return state.stock.__call__(layer, x, transpose)
     state.report._counted[MULTI_LINEAR] += 1
-    parts = layer["weight"], layer["scales"], layer.get("biases")
-    weight = mx.dequantize(*parts, layer.group_size, layer.bits, layer.mode, dtype=x.dtype)
+    weight = _dequantised(layer, x.dtype)
     return x @ (weight.swapaxes(-1, -2) if transpose else weight)
+
+
+def _dense_linear(layer, x: mx.array) -> mx.array:
+    """__call__ of a linear layer that is dequantised for its many rows."""
+    state: _Layers = layer._moefuse
+    if layer._training or x.size < ROWS * x.shape[-1]:
+        return state.stock.__call__(layer, x)
+    state.report._counted[LINEAR] += 1
+    y = x @ _dequantised(layer, x.dtype).T
+    return y + layer["bias"] if "bias" in layer else y
+
+
+def _dequantised(layer, dtype) -> mx.array:
+    parts = layer["weight"], layer["scales"], layer.get("biases")
+    return mx.dequantize(*parts, layer.group_size, layer.bits, layer.mode, dtype=dtype)
+
+
+def _device() -> str:
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "cuda" if mx.cuda.is_available() else "metal"
+
+
+def _wanted(accumulate: str) -> dict:
+    """Class of a layer -> (the stem it is counted under, its __call__), for this device."""
+    multi = importlib.import_module("mlx_lm.models.mla").QuantizedMultiLinear
+    device, found = _device(), {}
+    if device == "cpu":
+        found[nn.QuantizedLinear] = LINEAR, _linear
+    if device == "cuda" and DENSE_ON_CUDA:
+        found[nn.QuantizedLinear] = LINEAR, _dense_linear
+    if device == "cuda" or (device == "cpu" and accumulate != "exact"):
+        found[multi] = MULTI_LINEAR, _multi_linear
+    return found
 
 
 def attach(model, report, accumulate: str, formats: dict) -> None:
@@ -72,13 +106,7 @@ def attach(model, report, accumulate: str, formats: dict) -> None:
 
     formats: mode -> (bits, group sizes).
     """
-    on_cpu = mx.default_device() == mx.cpu
-    multi = importlib.import_module("mlx_lm.models.mla").QuantizedMultiLinear
-    wanted = {}
-    if on_cpu:
-        wanted[nn.QuantizedLinear] = LINEAR, _linear
-    if mx.cuda.is_available() or (on_cpu and accumulate != "exact"):
-        wanted[multi] = MULTI_LINEAR, _multi_linear
+    wanted = _wanted(accumulate)
     shared = {kind: _Layers(report, accumulate, kind, call) for kind, (_, call) in wanted.items()}
     for _, layer in model.named_modules():
         kind = type(layer)

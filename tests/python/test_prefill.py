@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 from mlx_lm_support import MODELS, folder
+from moefuse import prefill
 from moefuse.lab.checkpoint import inspect
 from moefuse.lab.fidelity import load_oracle
 from patch_support import DTYPES, FAMILIES, bits, decode, prompt, same_bits, same_decode, tiny
@@ -355,6 +356,26 @@ def test_training_sharding_and_other_weights_stay_stock(patched):
     assert report.modules_patched == 0 and any("5 bits" in told for told in report.fallbacks)
 
 
+def test_what_is_patched_on_cuda(monkeypatch, patched):
+    model = tiny("glm", mx.float32)
+    attention = model.layers[1].self_attn
+    monkeypatch.setattr(prefill, "_device", lambda: "cuda")
+    for dense in (False, True):
+        monkeypatch.setattr(prefill, "DENSE_ON_CUDA", dense)
+        report = patched(model, ["prefill"])
+        assert ("prefill_linear" in report.patterns) == dense
+        for layer, many in ((attention.o_proj, dense), (attention.unembed_out, True)):
+            x = mx.random.normal((1, 2, 40, layer["scales"].shape[-1] * layer.group_size))
+            parts = [layer[name] for name in ("weight", "scales", "biases")]
+            matrix, size = (
+                a.swapaxes(-1, -2) for a in exact_matrices(parts, layer.bits, layer.group_size)
+            )
+            rows, before = np.array(x, np.float64), sum(report.calls.values())
+            y = layer(x)
+            found = outside(y, rows @ matrix, gamma(x.shape[-1] + 3) * (np.abs(rows) @ size))
+            assert not found.any() and (sum(report.calls.values()) > before) == many
+
+
 def test_the_argument_and_the_flag(monkeypatch, patched):
     model = tiny("qwen")
     assert patched(model, prefill=True).variants == ("router", "experts", "prefill")
@@ -379,7 +400,7 @@ def test_a_trained_checkpoint_prefills_and_generates_as_stock(name, patched):
     from mlx_lm import load
 
     model, tokenizer = load(str(folder(name)))
-    ids = mx.array(tokenizer.encode("Return a new array of the given shape and type. " * 6))[None]
+    ids = mx.array(tokenizer.encode("Return a new array of the given shape and type. " * 3))[None]
     want = model(ids)
     mx.eval(want)
     report = patched(model, ["step", "prefill"])
