@@ -14,6 +14,7 @@ from mlx_lm_support import MODELS, folder
 from moefuse import prefill
 from moefuse.lab.checkpoint import inspect
 from moefuse.lab.fidelity import load_oracle
+from moefuse.lab.variants import did_not_run, parse
 from patch_support import DTYPES, FAMILIES, bits, decode, prompt, same_bits, same_decode, tiny
 
 UNIT = 2.0**-24  # float32
@@ -374,6 +375,16 @@ def test_what_is_patched_on_cuda(monkeypatch, patched):
             y = layer(x)
             found = outside(y, rows @ matrix, gamma(x.shape[-1] + 3) * (np.abs(rows) @ size))
             assert not found.any() and (sum(report.calls.values()) > before) == many
+
+
+def test_the_lab_sees_whether_a_prompt_was_taken():
+    variant = parse("prefill+step")
+    assert variant.name == "step+prefill"
+    calls = {"step": 10, "moe_prefill": 5}
+    assert did_not_run(variant, calls, 10, 5) is None
+    assert "prefill: expected at least 5" in did_not_run(variant, calls | {"moe_prefill": 4}, 10, 5)
+    assert did_not_run(variant, {"step": 10}, 10, 5, prompts=False) is None
+    assert "step: expected at least 11" in did_not_run(variant, calls, 11, 5)
 
 
 def test_the_argument_and_the_flag(monkeypatch, patched):
