@@ -380,9 +380,9 @@ def test_what_is_patched_on_cuda(monkeypatch, patched):
 def test_the_lab_sees_whether_a_prompt_was_taken():
     variant = parse("prefill+step")
     assert variant.name == "step+prefill"
-    calls = {"step": 10, "moe_prefill": 5}
+    calls = {"step": 10, "moe_prefill": 4}
     assert did_not_run(variant, calls, 10, 5) is None
-    assert "prefill: expected at least 5" in did_not_run(variant, calls | {"moe_prefill": 4}, 10, 5)
+    assert "prefill: expected at least 4" in did_not_run(variant, calls | {"moe_prefill": 3}, 10, 5)
     assert did_not_run(variant, {"step": 10}, 10, 5, prompts=False) is None
     assert "step: expected at least 11" in did_not_run(variant, calls, 11, 5)
 

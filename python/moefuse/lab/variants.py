@@ -107,14 +107,14 @@ def did_not_run(
     """Why the variant's numbers are void, or None when every part really ran.
 
     `calls` counts fused ops over `decoded` single-token steps; a part ran if it was called once
-    per step and MoE layer (the whole-step part: once per step; the prompt's: once per MoE layer,
-    where the steps came behind `prompts` of their own).
+    per step and MoE layer (the whole-step part: once per step; the prompt's: once per MoE layer but
+    the last, which fills no cache, where the steps came behind `prompts` of their own).
     """
     for part, names in ops_of(variant).items():
         if part == "prefill":
             if not prompts:
                 continue
-            need, where = moe_layers, "a prompt"
+            need, where = max(1, moe_layers - 1), "a prompt"
         else:
             need = decoded * (1 if part == "step" else moe_layers)
             where = f"{decoded} decoded tokens"
