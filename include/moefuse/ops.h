@@ -30,11 +30,13 @@ namespace mx = mlx::core;
 enum class Accumulate : uint8_t { exact, fp32_no_fma, fp32 };
 enum class Scoring : uint8_t { softmax, sigmoid };
 enum class RouterMode : uint8_t { exact, logits };
+enum class PrefillForm : uint8_t { device, kernels, blocks };  // device: what it takes by itself
 
 // Throw std::invalid_argument with the list of names on an unknown one.
 Accumulate accumulate_from(const std::string& name);
 Scoring scoring_from(const std::string& name);
 RouterMode router_mode_from(const std::string& name);
+PrefillForm prefill_form_from(const std::string& name);
 std::string to_string(Accumulate accumulate);
 
 // A quantised stack of expert matrices: weight uint32 [E, N, K * bits / 32], scales [E, N, K /
@@ -83,6 +85,25 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(
     const QuantizedExperts& down, const mx::array& indices, const mx::array& weights,
     Accumulate accumulate = Accumulate::fp32_no_fma, int group_size = 64, int bits = 4,
     const std::string& mode = "affine", mx::StreamOrDevice s = {});
+
+// The same for the many rows of a prompt. kernels is what a CPU takes: the primitive above, whose
+// loops share an expert's weights among its rows. blocks is what a GPU takes: the rows sorted by
+// expert in blocks of 16 that share one, a gather_qmm a projection, and the combine as a stock
+// graph; each of its products is rounded as stock's, and `accumulate` says how the combine is. An
+// index out of range that is not known at the call goes unseen in blocks, as in gather_qmm.
+mx::array moe_prefill(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
+                      const QuantizedExperts& down, const mx::array& indices,
+                      const mx::array& weights, Accumulate accumulate = Accumulate::exact,
+                      int group_size = 64, int bits = 4, const std::string& mode = "affine",
+                      PrefillForm form = PrefillForm::device, mx::StreamOrDevice s = {});
+
+// A quantised linear layer for the many rows of a prompt: x [..., K], w one matrix [N, K] with no
+// axis of experts -> [..., N] of x's dtype. exact has the bits of stock's quantized_matmul on the
+// CPU; on a GPU it is stock's.
+mx::array prefill_linear(const mx::array& x, const QuantizedExperts& w,
+                         Accumulate accumulate = Accumulate::exact, int group_size = 64,
+                         int bits = 4, const std::string& mode = "affine",
+                         mx::StreamOrDevice s = {});
 
 // silu(gather_qmm(x, gate)) * gather_qmm(x, up), with gather_qmm's batching: x [..., M, K], indices
 // broadcast against each other -> indices.shape + [M, N].

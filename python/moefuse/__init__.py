@@ -8,7 +8,9 @@ from ._core import (
     gather_qmm_swiglu,
     moe_combine_weighted_sum_fp32_no_fma,
     moe_gather_qmm_swiglu_downproj_combine,
+    moe_prefill,
     moe_router_argpartition_logits_topk,
+    prefill_linear,
 )
 from .capabilities import capabilities
 from .flags import ACCUMULATE, VARIANTS
@@ -29,8 +31,10 @@ __all__ = [
     "install_zmlx_primitive",
     "moe_combine_weighted_sum_fp32_no_fma",
     "moe_gather_qmm_swiglu_downproj_combine",
+    "moe_prefill",
     "moe_router_argpartition_logits_topk",
     "patch",
+    "prefill_linear",
     "uninstall_zmlx_primitive",
     "unpatch",
 ]

@@ -111,6 +111,58 @@ Raises:
     when the result is evaluated.)");
 }
 
+void bind_prefill(nb::module_& m) {
+  m.def(
+      "moe_prefill",
+      [](const mx::array& x, const Experts& gate, const Experts& up, const Experts& down,
+         const mx::array& indices, const mx::array& weights, const std::string& accumulate,
+         int group_size, int bits, const std::string& mode, const std::string& form,
+         mx::StreamOrDevice stream) {
+        return moefuse::moe_prefill(x, experts(gate), experts(up), experts(down), indices, weights,
+                                    moefuse::accumulate_from(accumulate), group_size, bits, mode,
+                                    moefuse::prefill_form_from(form), stream);
+      },
+      "x"_a, "gate"_a, "up"_a, "down"_a, "indices"_a, "weights"_a, nb::kw_only(),
+      "accumulate"_a = "exact", "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine",
+      "form"_a = "device", "stream"_a = nb::none(),
+      R"(The routed experts of a MoE block for the many rows of a prompt.
+
+The arguments, their dtypes and the result [..., D] are moe_gather_qmm_swiglu_downproj_combine's.
+
+Args:
+    form: "kernels" is a CPU's: that op's own primitive. "blocks" runs everywhere: rows sorted by
+        expert in blocks of 16 that share one, a gather_qmm a projection, a stock combine in
+        `accumulate`; padding is at most 15 rows an expert. "device" takes kernels on the CPU and
+        blocks on a GPU.
+Raises:
+    ValueError: names the tensor, what was expected and what came. In blocks an index out of range
+    is only seen where its value is known at the call.)");
+}
+
+void bind_prefill_linear(nb::module_& m) {
+  m.def(
+      "prefill_linear",
+      [](const mx::array& x, const mx::array& w, const mx::array& scales, const Optional& biases,
+         const std::string& accumulate, int group_size, int bits, const std::string& mode,
+         mx::StreamOrDevice stream) {
+        return moefuse::prefill_linear(x, {w, scales, biases}, moefuse::accumulate_from(accumulate),
+                                       group_size, bits, mode, stream);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a.none(), nb::kw_only(), "accumulate"_a = "exact",
+      "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine", "stream"_a = nb::none(),
+      R"(mx.quantized_matmul(x, w, scales, biases, transpose=True) for the many rows of a prompt.
+
+Args:
+    x: [..., K], float32, float16 or bfloat16.
+    w, scales, biases: one matrix [N, K], as mx.quantize gives it; biases None in fp4 modes.
+    accumulate: "exact" (stock's bits on the CPU), "fp32_no_fma" or "fp32".
+    mode: "affine" (group_size 32, 64 or 128, bits 4 or 8), "mxfp4" (32, 4) or "nvfp4" (16, 4).
+Returns:
+    [..., N] of x's dtype. On a GPU it is mx.quantized_matmul's own.
+Raises:
+    ValueError: names the tensor, what was expected and what came.)");
+}
+
 void bind_gather_qmm_swiglu(nb::module_& m) {
   m.def(
       "gather_qmm_swiglu",
@@ -143,6 +195,8 @@ NB_MODULE(_core, m) {
   bind_router(m);
   bind_combine(m);
   bind_experts(m);
+  bind_prefill(m);
+  bind_prefill_linear(m);
   bind_gather_qmm_swiglu(m);
   bind_decoder(m);
   m.def("op_counters", &moefuse::op_counters,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-VARIANTS = ("router", "experts", "swiglu", "combine", "concat_gate_up", "step")
+VARIANTS = ("router", "experts", "swiglu", "combine", "concat_gate_up", "step", "prefill")
 ACCUMULATE = ("exact", "fp32_no_fma", "fp32")
 DEFAULT_VARIANTS = ("router", "experts")
 
@@ -44,7 +44,13 @@ _QWEN_FLAGS = (
 )
 # Qwen3-Next and Qwen3.5 read Qwen's flags, but ZMLX turns SwiGLU and the logits router on there.
 ZMLX_FLAGS = {"GLM": _GLM_FLAGS, "QWEN": _QWEN_FLAGS, "QWEN_NEXT": _QWEN_FLAGS}
-OWN_FLAGS = ("MOEFUSE_VARIANTS", "MOEFUSE_ACCUMULATE", "MOEFUSE_DISABLE", "MOEFUSE_LOG")
+OWN_FLAGS = (
+    "MOEFUSE_VARIANTS",
+    "MOEFUSE_ACCUMULATE",
+    "MOEFUSE_PREFILL",
+    "MOEFUSE_DISABLE",
+    "MOEFUSE_LOG",
+)
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -95,7 +101,7 @@ def check_variants(variants: Iterable[str], where: str = "patch") -> tuple[str, 
     for name in wanted:
         if name not in VARIANTS:
             _fail(where, "variants", f"names from {VARIANTS}", name)
-    for rival in ("experts", "swiglu"):
+    for rival in ("experts", "swiglu", "prefill"):
         if "concat_gate_up" in wanted and rival in wanted:
             _fail(where, "variants", "concat_gate_up without " + rival, tuple(wanted))
     return tuple(name for name in VARIANTS if name in wanted)
@@ -106,6 +112,14 @@ def check_accumulate(accumulate: str | None, where: str = "patch") -> str | None
     if accumulate is not None and accumulate not in ACCUMULATE:
         _fail(where, "accumulate", f"one of {ACCUMULATE}", accumulate)
     return accumulate
+
+
+def with_variant(request: Request, name: str, where: str = "patch") -> Request:
+    """The request with one more variant. Raises ValueError on a contradiction."""
+    if name in request.variants:
+        return request
+    variants = check_variants((*request.variants, name), where)
+    return replace(request, variants=variants, accumulate=request.accumulate or "exact")
 
 
 def _zmlx_glm(env: Mapping[str, str]) -> Request:
@@ -169,6 +183,13 @@ def resolve(
         return Request(check_variants(variants), accumulate or "exact", mode)
     if _switch(env, "MOEFUSE_DISABLE"):
         return Request((), None)
+    found = _flagged(prefix, accumulate, env, flagged, by_default, mode)
+    on = _switch(env, "MOEFUSE_PREFILL")
+    return with_variant(found, "prefill", "MOEFUSE_PREFILL") if on else found
+
+
+def _flagged(prefix, accumulate, env, flagged: bool, by_default: bool, mode: str) -> Request:
+    """What the environment chooses of the variants that have rivals."""
     own = check_accumulate(env.get("MOEFUSE_ACCUMULATE") or None, "MOEFUSE_ACCUMULATE")
     if (text := env.get("MOEFUSE_VARIANTS", "").strip()) != "":
         names = [] if text == "stock" else text.replace("+", ",").split(",")

@@ -17,11 +17,12 @@ import mlx.core as mx
 from mlx.nn.layers.distributed import sum_gradients
 
 from . import _core, flags
+from . import prefill as prefill_layers
 from .families import FAMILIES, MAX_TOP_K, Family, family_of
 
 log = logging.getLogger("moefuse")
 
-SORTED_INDICES = 64  # from here on SwitchGLU sorts the tokens by expert: not a decode shape
+SORTED_INDICES = 64  # from here on SwitchGLU sorts the tokens by expert: a prompt, not decoding
 TRAINING = "training mode"
 SORTED = f"{SORTED_INDICES} indices or more (mlx-lm sorts them)"
 _EXPECTED = (TRAINING, SORTED)  # part of normal use: told on the info level
@@ -33,6 +34,8 @@ _FORMATS = {
     "nvfp4": ((4,), (16,)),
 }
 
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
 # Each variant -> the stem under which its runs are counted.
 STEMS = {
     "router": "moe_router",
@@ -41,10 +44,13 @@ STEMS = {
     "combine": "moe_combine",
     "concat_gate_up": "concat_gate_up",
     "step": "step",
+    "prefill": "moe_prefill",
 }
 _OPS = {
     "moe_router_argpartition_logits_topk": "moe_router",
     "moe_gather_qmm_swiglu_downproj_combine": "moe_experts",
+    "moe_prefill": "moe_prefill",
+    "prefill_linear": "prefill_linear",
     "moe_combine_weighted_sum_fp32_no_fma": "moe_combine",
     "gather_qmm_swiglu": "gather_qmm_swiglu",
 }
@@ -176,6 +182,14 @@ def _experts_reason(block, names: tuple[str, ...], dtype, top_k: int) -> str | N
     return None
 
 
+def _prefill_reason(block, dtype, top_k: int) -> str | None:
+    if getattr(block, "sharding_group", None) is not None:
+        return "a sharded model"
+    if mx.metal.is_available() and mx.default_device() == mx.gpu:
+        return "Metal has kernels of its own for sorted rows"
+    return _experts_reason(block, _PROJECTIONS, dtype, top_k)
+
+
 def _concat_reason(block) -> str | None:
     layers = importlib.import_module("mlx_lm.models.switch_layers")
     switch = block.get("switch_mlp")
@@ -237,10 +251,10 @@ class _Patch:
         self.family, self.report = family, report
         self.accumulate, self.mode = request.accumulate, request.router_mode
         self.cast_weights = request.cast_weights
-        self.router, self.experts, self.swiglu, self.combine, self.concat, self.step = (
-            name in request.variants for name in flags.VARIANTS
-        )
-        self.names = ("gate_proj", "up_proj") + (("down_proj",) if self.experts else ())
+        (
+            self.router, self.experts, self.swiglu, self.combine, self.concat, self.step,
+            self.prefill,
+        ) = (name in request.variants for name in flags.VARIANTS)  # fmt: skip
 
     def reasons(self, block, dtype) -> dict[str, str | None]:
         """Each part asked of a block -> why it cannot be had for x of `dtype`, or None.
@@ -256,7 +270,10 @@ class _Patch:
             found["router"] = odd or wide or self.family.router_reason(block)
         for part in ("experts", "swiglu"):
             if getattr(self, part):
-                found[part] = odd or _experts_reason(block, self.names, dtype, top_k)
+                names = _PROJECTIONS[: 3 if self.experts else 2]
+                found[part] = odd or _experts_reason(block, names, dtype, top_k)
+        if self.prefill:
+            found["prefill"] = odd or _prefill_reason(block, dtype, top_k)
         if self.combine:
             found["combine"] = odd
         if self.concat:
@@ -277,10 +294,10 @@ class _Block:
     def look(self, block, dtype) -> dict[str, str | None]:
         """The verdict of _Patch.reasons, taken anew when a module or an array was replaced."""
         switch = block["switch_mlp"]
-        gate, up, down = (switch.get(n, {}) for n in ("gate_proj", "up_proj", "down_proj"))
+        gate, up, down = (switch.get(n, {}) for n in _PROJECTIONS)
         now = (
-            block["gate"], switch, switch.get("activation"), gate, up, down,
-            gate.get("scales"), up.get("scales"), down.get("scales"),
+            block["gate"], switch, switch.get("activation"), gate, up, down, gate.get("scales"),
+            up.get("scales"), down.get("scales"), getattr(block, "sharding_group", None),
         )  # fmt: skip
         if not self.seen or dtype != self.dtype or not all(map(is_, now, self.seen)):
             self.seen, self.dtype = now, dtype
@@ -350,29 +367,36 @@ def _concat_experts(state: _Block, switch, x, indices):
     return y.squeeze(-2)
 
 
+def _fused_experts(op, switch, x, indices, weights, accumulate):
+    """One op for all of the routed experts: a decode step's or a prompt's."""
+    gate = switch["gate_proj"]
+    return op(
+        x,
+        *(_stack(switch[name]) for name in _PROJECTIONS),
+        indices,
+        weights,
+        accumulate=accumulate,
+        group_size=gate.group_size,
+        bits=gate.bits,
+        mode=gate.mode,
+    )
+
+
 def _routed(state: _Block, block, x, indices, weights, reasons):
     """The weighted sum of the chosen experts: [..., H] -> [..., H]."""
     patch, switch = state.patch, block["switch_mlp"]
     part = "experts" if patch.experts else "swiglu" if patch.swiglu else None
+    if patch.prefill and indices.size >= SORTED_INDICES and state.may("prefill", reasons):
+        weights = weights.astype(x.dtype) if patch.cast_weights else weights
+        return _fused_experts(_core.moe_prefill, switch, x, indices, weights, patch.accumulate)
     if part and indices.size >= SORTED_INDICES:
         patch.report._fell(part, SORTED)
         part = None
     elif part and not state.may(part, reasons):
         part = None
     if part == "experts":
-        gate, up, down = switch["gate_proj"], switch["up_proj"], switch["down_proj"]
-        return _core.moe_gather_qmm_swiglu_downproj_combine(
-            x,
-            _stack(gate),
-            _stack(up),
-            _stack(down),
-            indices,
-            weights,
-            accumulate=patch.accumulate,
-            group_size=gate.group_size,
-            bits=gate.bits,
-            mode=gate.mode,
-        )
+        op = _core.moe_gather_qmm_swiglu_downproj_combine
+        return _fused_experts(op, switch, x, indices, weights, patch.accumulate)
     if part == "swiglu":
         y = _fused_swiglu(switch, x, indices, patch.accumulate)
     elif patch.concat and state.may("concat_gate_up", reasons):
@@ -456,7 +480,7 @@ def _attach_step(model, report: PatchReport) -> None:
 
 def patch(
     model, variants: Iterable[str] | None = None, *, accumulate: str | None = None,
-    step: bool = False,
+    step: bool = False, prefill: bool = False,
 ) -> PatchReport:  # fmt: skip
     """Fuse parts of a loaded mlx-lm model until unpatch(model).
 
@@ -465,7 +489,7 @@ def patch(
         variants: names from VARIANTS; None takes MOEFUSE_* or ZMLX_* flags, else
             ("router", "experts"). An empty sequence changes nothing.
         accumulate: "exact" (the default: stock's bits), "fp32_no_fma" or "fp32".
-        step: the same as adding "step" to the variants.
+        step, prefill: the same as adding "step", "prefill" to the variants.
     Returns:
         A live PatchReport. A second patch() first takes the former one off.
     Raises:
@@ -473,15 +497,14 @@ def patch(
     """
     family = family_of(model)
     request = flags.resolve(family.flags, variants, accumulate)
-    if step and "step" not in request.variants:
-        request = flags.Request(
-            (*request.variants, "step"), request.accumulate or "exact", request.router_mode,
-            request.cast_weights,
-        )  # fmt: skip
+    for name, on in (("step", step), ("prefill", prefill)):
+        request = flags.with_variant(request, name) if on else request
     unpatch(model)
     report = PatchReport(request)
     if set(request.variants) - {"step"}:
         _attach_blocks(model, _Patch(family, request, report))
+    if "prefill" in request.variants:
+        prefill_layers.attach(model, report, request.accumulate, _FORMATS)
     model._moefuse_report = report
     if "step" in request.variants:
         _attach_step(model, report)

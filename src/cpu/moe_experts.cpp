@@ -198,4 +198,30 @@ void gather_qmm_swiglu(const GatherSwigluArgs& args) {
   }
 }
 
+void prefill_linear(const LinearArgs& args) {
+  const int width = args.w.rows;
+  const int64_t x_bytes = args.w.cols * itemsize(args.dtype), size = itemsize(args.dtype);
+  Vectors x(args.arithmetic, args.w, args.dtype, args.rows);
+  parallel_for(args.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) x.set(r, static_cast<const char*>(args.x) + r * x_bytes);
+  });
+  const Group all = {0, 0, args.rows};
+  const bool in_place = inner_dtype(args.arithmetic, args.dtype) == args.dtype;
+  auto* out = static_cast<char*>(args.out);
+  std::vector<char> sums(in_place ? 0 : int64_t(args.rows) * width * sizeof(float));
+  parallel_for(blocks(width), [&](int64_t first, int64_t last) {
+    for (int begin = first * kBlock; begin < std::min<int>(last * kBlock, width); begin += kBlock) {
+      const int end = std::min(begin + kBlock, width);
+      x.project(args.w, all, in_place ? out : sums.data(), width, begin, end);
+      const float one = 1.0f;
+      for (int r = 0; r < args.rows && !in_place; ++r) {  // a sum of one part of weight one: a cast
+        const void* part = sums.data() + int64_t(r) * width * sizeof(float);
+        kernels().combine({&part, &one, out + r * width * size, Dtype::float32, args.dtype,
+                           CombineSteps::fp32_no_fma, 1},
+                          begin, end);
+      }
+    }
+  });
+}
+
 }  // namespace moefuse::cpu

@@ -1,4 +1,5 @@
-// The routed experts of a MoE block on CPU: gather, gate and up, SwiGLU, down, combine.
+// The routed experts of a MoE block on CPU: gather, gate and up, SwiGLU, down, combine. And, on the
+// same kernels, a linear layer for the many rows of a prompt.
 #pragma once
 
 #include <cstdint>
@@ -44,5 +45,15 @@ struct GatherSwigluArgs {
   int batches, m;
 };
 void gather_qmm_swiglu(const GatherSwigluArgs& args);
+
+struct LinearArgs {
+  QuantizedMatrix w;
+  Arithmetic arithmetic;
+  Dtype dtype;    // of x and out
+  const void* x;  // [rows, w.cols]
+  void* out;      // [rows, w.rows]
+  int rows;
+};
+void prefill_linear(const LinearArgs& args);
 
 }  // namespace moefuse::cpu

@@ -217,6 +217,13 @@ RouterMode router_mode_from(const std::string& name) {
                            {{"exact", RouterMode::exact}, {"logits", RouterMode::logits}});
 }
 
+PrefillForm prefill_form_from(const std::string& name) {
+  return named<PrefillForm>("moefuse", "form", name,
+                            {{"device", PrefillForm::device},
+                             {"kernels", PrefillForm::kernels},
+                             {"blocks", PrefillForm::blocks}});
+}
+
 std::string to_string(Accumulate accumulate) {
   switch (accumulate) {
     case Accumulate::exact:

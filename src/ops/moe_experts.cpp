@@ -1,7 +1,8 @@
-#include "cpu/moe_experts.h"
+#include "ops/moe_experts.h"
 
 #include <vector>
 
+#include "cpu/moe_experts.h"
 #include "metal/metal_ops.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/checks.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr const char* kOp = "moe_gather_qmm_swiglu_downproj_combine";
 
 struct Setup {
+  const char* op;
   Accumulate accumulate;
   bool promoted;  // weights are float32 beside half activations: exact combines in fp32
   Quantization quantization;
@@ -33,7 +35,7 @@ class MoeExperts : public mx::UnaryPrimitive {
   // inputs: x, indices, weights, then the stacks gate, up and down.
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
-    count(kOp, to_string(setup_.accumulate));
+    count(setup_.op, to_string(setup_.accumulate));
     const int k = inputs[1].shape(-1);
     auto stack = [&](int i) {
       return expert_stack(inputs, 3, i, setup_.quantization, out.dtype());
@@ -50,8 +52,8 @@ class MoeExperts : public mx::UnaryPrimitive {
                                    .out = out.data<char>(),
                                    .rows = static_cast<int>(inputs[1].size() / k),
                                    .k = k};
-    mx::cpu::get_command_encoder(stream()).dispatch([args] {
-      check_indices(kOp, args.indices, int64_t(args.rows) * args.k, args.gate.experts);
+    mx::cpu::get_command_encoder(stream()).dispatch([args, op = setup_.op] {
+      check_indices(op, args.indices, int64_t(args.rows) * args.k, args.gate.experts);
       cpu::moe_experts(args);
     });
   }
@@ -69,23 +71,60 @@ class MoeExperts : public mx::UnaryPrimitive {
   Setup setup_;
 };
 
-void check_geometry(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,
-                    const QuantizedExperts& down, const Quantization& quantization) {
-  const auto g = check_experts(kOp, "gate", gate, x.dtype(), quantization);
-  const auto u = check_experts(kOp, "up", up, x.dtype(), quantization);
-  const auto d = check_experts(kOp, "down", down, x.dtype(), quantization);
+void check_geometry(const std::string& op, const mx::array& x, const QuantizedExperts& gate,
+                    const QuantizedExperts& up, const QuantizedExperts& down,
+                    const Quantization& quantization) {
+  const auto g = check_experts(op, "gate", gate, x.dtype(), quantization);
+  const auto u = check_experts(op, "up", up, x.dtype(), quantization);
+  const auto d = check_experts(op, "down", down, x.dtype(), quantization);
   auto shape = [](const ExpertShape& e) { return mx::Shape{e.experts, e.rows, e.cols}; };
   if (x.shape(-1) != g.cols)
-    fail(kOp, "x", "a last axis of gate's K " + std::to_string(g.cols), describe(x.shape()));
+    fail(op, "x", "a last axis of gate's K " + std::to_string(g.cols), describe(x.shape()));
   if (shape(u) != shape(g))
-    fail(kOp, "up", "gate's geometry " + describe(shape(g)), describe(shape(u)));
+    fail(op, "up", "gate's geometry " + describe(shape(g)), describe(shape(u)));
   if (d.experts != g.experts || d.cols != g.rows)
-    fail(kOp, "down",
+    fail(op, "down",
          "geometry [" + std::to_string(g.experts) + ", D, " + std::to_string(g.rows) + "]",
          describe(shape(d)));
 }
 
 }  // namespace
+
+void check_moe_experts(const std::string& op, const mx::array& x, const QuantizedExperts& gate,
+                       const QuantizedExperts& up, const QuantizedExperts& down,
+                       const mx::array& indices, const mx::array& weights,
+                       const Quantization& quantization) {
+  check_float(op, "x", x);
+  check_float(op, "weights", weights);
+  check_integer(op, "indices", indices);
+  if (x.ndim() < 1) fail(op, "x", "rank 1 or more, [..., H]", describe(x.shape()));
+  check_geometry(op, x, gate, up, down, quantization);
+  auto shape = x.shape();
+  const int k = indices.ndim() ? indices.shape(-1) : 0;
+  if (k < 1 || k > kMaxTopK)
+    fail(op, "indices", "1 to " + std::to_string(kMaxTopK) + " experts a row",
+         describe(indices.shape()));
+  shape.back() = k;
+  check_shape(op, "indices", indices, shape);
+  check_shape(op, "weights", weights, shape);
+}
+
+mx::array moe_experts_on_cpu(const char* op, const mx::array& x, const QuantizedExperts& gate,
+                             const QuantizedExperts& up, const QuantizedExperts& down,
+                             const mx::array& indices, const mx::array& weights,
+                             Accumulate accumulate, const Quantization& quantization,
+                             mx::StreamOrDevice s) {
+  check_known_indices(op, indices, gate.weight.shape(0));
+  auto shape = x.shape();
+  shape.back() = down.weight.shape(1);
+  const Setup setup = {op, accumulate, weights.dtype() != x.dtype(), quantization};
+  std::vector<mx::array> inputs = {row_contiguous(x, s),
+                                   row_contiguous(mx::astype(indices, mx::uint32, s), s),
+                                   row_contiguous(mx::astype(weights, mx::float32, s), s)};
+  for (const auto* w : {&gate, &up, &down}) append_experts(inputs, *w, s);
+  return mx::array(shape, x.dtype(), std::make_shared<MoeExperts>(mx::to_stream(s), setup),
+                   std::move(inputs));
+}
 
 mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const QuantizedExperts& gate,
                                                  const QuantizedExperts& up,
@@ -94,20 +133,9 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
                                                  Accumulate accumulate, int group_size, int bits,
                                                  const std::string& mode, mx::StreamOrDevice s) {
   const Quantization quantization(kOp, mode, group_size, bits);
-  check_float(kOp, "x", x);
-  check_float(kOp, "weights", weights);
-  check_integer(kOp, "indices", indices);
-  if (x.ndim() < 1) fail(kOp, "x", "rank 1 or more, [..., H]", describe(x.shape()));
-  check_geometry(x, gate, up, down, quantization);
-  auto shape = x.shape();
-  const int k = indices.ndim() ? indices.shape(-1) : 0;
-  if (k < 1 || k > kMaxTopK)
-    fail(kOp, "indices", "1 to " + std::to_string(kMaxTopK) + " experts a row",
-         describe(indices.shape()));
-  shape.back() = k;
-  check_shape(kOp, "indices", indices, shape);
-  check_shape(kOp, "weights", weights, shape);
-  const Path path = choose_path(kOp, s, metal::experts_refusal(x, {gate, up, down}, k));
+  check_moe_experts(kOp, x, gate, up, down, indices, weights, quantization);
+  const Path path =
+      choose_path(kOp, s, metal::experts_refusal(x, {gate, up, down}, indices.shape(-1)));
   if (path == Path::stock)
     return stock::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits,
                               mode, s);
@@ -116,15 +144,7 @@ mx::array moe_gather_qmm_swiglu_downproj_combine(const mx::array& x, const Quant
     return metal::moe_experts(x, gate, up, down, indices, weights, accumulate, group_size, bits, s);
   }
 
-  check_known_indices(kOp, indices, gate.weight.shape(0));
-  shape.back() = down.weight.shape(1);
-  const Setup setup = {accumulate, weights.dtype() != x.dtype(), quantization};
-  std::vector<mx::array> inputs = {row_contiguous(x, s),
-                                   row_contiguous(mx::astype(indices, mx::uint32, s), s),
-                                   row_contiguous(mx::astype(weights, mx::float32, s), s)};
-  for (const auto* w : {&gate, &up, &down}) append_experts(inputs, *w, s);
-  return mx::array(shape, x.dtype(), std::make_shared<MoeExperts>(mx::to_stream(s), setup),
-                   std::move(inputs));
+  return moe_experts_on_cpu(kOp, x, gate, up, down, indices, weights, accumulate, quantization, s);
 }
 
 }  // namespace moefuse

@@ -65,6 +65,10 @@ mx::array moe_combine(const mx::array& y, const mx::array& weights, Accumulate a
   return mx::astype(mx::sum(product, -2, false, s), y.dtype(), s);
 }
 
+mx::array swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s) {
+  return mx::multiply(mx::multiply(gate, mx::sigmoid(gate, s), s), up, s);
+}
+
 mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
                             const QuantizedExperts& up, const std::optional<mx::array>& lhs_indices,
                             const std::optional<mx::array>& rhs_indices, bool transpose,
@@ -74,8 +78,7 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
     return mx::gather_qmm(x, w.weight, w.scales, w.biases, lhs_indices, rhs_indices, transpose,
                           group_size, bits, mode, std::nullopt, false, s);
   };
-  auto g = qmm(gate);
-  return mx::multiply(mx::multiply(g, mx::sigmoid(g, s), s), qmm(up), s);
+  return stock::swiglu(qmm(gate), qmm(up), s);
 }
 
 mx::array moe_experts(const mx::array& x, const QuantizedExperts& gate, const QuantizedExperts& up,

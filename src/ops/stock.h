@@ -12,6 +12,7 @@ std::pair<mx::array, mx::array> moe_router(const mx::array& logits, int k,
                                            mx::StreamOrDevice s = {});
 mx::array moe_combine(const mx::array& y, const mx::array& weights, Accumulate accumulate,
                       mx::StreamOrDevice s = {});
+mx::array swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
 mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
                             const QuantizedExperts& up, const std::optional<mx::array>& lhs_indices,
                             const std::optional<mx::array>& rhs_indices, bool transpose,

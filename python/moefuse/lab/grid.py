@@ -140,7 +140,7 @@ def _cell(model, cache, ids, batch: int, grid: Grid, variant: Variant, engine, l
         "interval": list(interval),
         "same_steps": same,
         "peak_mem_gb": {"baseline": a.peak, "patched": b.peak},
-        "void": did_not_run(variant, b.calls, b.decoded, layers),
+        "void": did_not_run(variant, b.calls, b.decoded, layers, prompts=False),
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import LabError
 
-PARTS = ("router", "experts", "swiglu", "combine", "concat_gate_up", "step")
+PARTS = ("router", "experts", "swiglu", "combine", "concat_gate_up", "step", "prefill")
 ACCUMULATE = ("exact", "fp32_no_fma", "fp32")
 
 # Each kernel alone first, then combinations: the order in which a campaign measures them.
@@ -94,6 +94,7 @@ def ops_of(variant: Variant) -> dict[str, tuple[str, ...]]:
         "combine": ("moe_combine",),
         "concat_gate_up": ("concat_gate_up",),
         "step": ("step",),
+        "prefill": ("moe_prefill",),
     }
     if "experts" in variant.parts:  # the experts op ends in the combine: it leaves none to do
         proof["combine"] = ("moe_combine", "moe_experts")
@@ -101,16 +102,23 @@ def ops_of(variant: Variant) -> dict[str, tuple[str, ...]]:
 
 
 def did_not_run(
-    variant: Variant, calls: Mapping[str, int], decoded: int, moe_layers: int
+    variant: Variant, calls: Mapping[str, int], decoded: int, moe_layers: int, prompts: bool = True
 ) -> str | None:
     """Why the variant's numbers are void, or None when every part really ran.
 
     `calls` counts fused ops over `decoded` single-token steps; a part ran if it was called once
-    per step and MoE layer (the whole-step part: once per step).
+    per step and MoE layer (the whole-step part: once per step; the prompt's: once per MoE layer but
+    the last, which fills no cache, where the steps came behind `prompts` of their own).
     """
     for part, names in ops_of(variant).items():
-        need = decoded * (1 if part == "step" else moe_layers)
+        if part == "prefill":
+            if not prompts:
+                continue
+            need, where = max(1, moe_layers - 1), "a prompt"
+        else:
+            need = decoded * (1 if part == "step" else moe_layers)
+            where = f"{decoded} decoded tokens"
         got = max((calls.get(name, 0) for name in names), default=0)
         if got < need or need == 0:
-            return f"{part}: expected at least {need} calls in {decoded} decoded tokens, got {got}"
+            return f"{part}: expected at least {need} calls in {where}, got {got}"
     return None
