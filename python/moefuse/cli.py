@@ -489,9 +489,10 @@ def report(
     files.write_atomic(path, text)
     if html:
         from .lab import html as page
+        from .lab import rates
 
         files.require_writable(html.resolve().parent)
-        files.write_atomic(html.resolve(), page.render(ranking.load(out)[0]))
+        files.write_atomic(html.resolve(), page.render(ranking.load(out)[0], rates.load(out)))
     if as_json:
         rows, _ = ranking.load(out)
         _print_json([{k: v for k, v in row.items() if k != "found"} for row in rows])
