@@ -528,7 +528,8 @@ def rerun(
         void = f"; void: {found['void']}" if found["void"] else ""
         _tell(
             f"{found['variant']}: new median {found['new_median']:.3f}x lies {where} the old "
-            f"interval {low:.3f}-{high:.3f}{void}",
+            f"interval {low:.3f}-{high:.3f}; stock decodes {found['new_stock_tok_s']:.1f} tok/s "
+            f"here, {found['old_stock_tok_s']:.1f} there{void}",
         )
     if not found["inside"]:
         raise typer.Exit(1)
