@@ -489,9 +489,10 @@ def report(
     files.write_atomic(path, text)
     if html:
         from .lab import html as page
+        from .lab import rates
 
         files.require_writable(html.resolve().parent)
-        files.write_atomic(html.resolve(), page.render(ranking.load(out)[0]))
+        files.write_atomic(html.resolve(), page.render(ranking.load(out)[0], rates.load(out)))
     if as_json:
         rows, _ = ranking.load(out)
         _print_json([{k: v for k, v in row.items() if k != "found"} for row in rows])
@@ -527,7 +528,8 @@ def rerun(
         void = f"; void: {found['void']}" if found["void"] else ""
         _tell(
             f"{found['variant']}: new median {found['new_median']:.3f}x lies {where} the old "
-            f"interval {low:.3f}-{high:.3f}{void}",
+            f"interval {low:.3f}-{high:.3f}; stock decodes {found['new_stock_tok_s']:.1f} tok/s "
+            f"here, {found['old_stock_tok_s']:.1f} there{void}",
         )
     if not found["inside"]:
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ from moefuse.lab import (
     ledger,
     measure,
     ranking,
+    rates,
     roofline,
     variants,
 )
@@ -147,6 +148,31 @@ def test_html_is_self_contained_and_repeatable(done):
     assert "% of a plain read" in page
     assert "experts+combine:fp32" in page
     assert not re.search(r'(src|href)="(?!#)', page.replace("xlink:href=", "href="))
+
+
+def test_html_draws_rates_that_lie_beside_the_capsules(done, tmp_path):
+    cell = {"context": 128, "batch": 1, "stock_tok_s": [40.0, 50.0], "step_tok_s": [400.0, 420.0]}
+    old = {"date": "2026-01-01T00:00:00Z", "device": "cuda: <H200>", "model": "qwen",
+           "git_commit": "abc", "cells": [cell]}  # fmt: skip
+    new = {**old, "date": "2026-01-02T00:00:00Z", "cells": [{**cell, "context": 1024}, cell]}
+    new["cells"][1] = {**cell, "step_tok_s": [800.0, 1000.0]}
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "1-mlx-lm-b.json").write_text(json.dumps(old))
+    (tmp_path / "mlx_lm_decode-a.json").write_text(json.dumps(new))
+    found = rates.load(tmp_path)
+    cells = found["cuda: <H200>", "qwen"]
+    assert [c["context"] for c in cells] == [128, 1024]
+    assert cells[0]["interval"] == pytest.approx([20, 20]) and cells[0]["aa_interval"] == [
+        0.8,
+        1.25,
+    ]
+    page = html.render(ranking.load(done[0])[0], found)
+    assert page.count("<svg") == 4 and "qwen on cuda: &lt;H200&gt;" in page
+    assert "<td>20.000x</td><td>20.000-20.000</td><td>0.800-1.250</td><td>abc</td>" in page
+    del old["device"]
+    (tmp_path / "deeper" / "1-mlx-lm-b.json").write_text(json.dumps(old))
+    with pytest.raises(LabError, match="1-mlx-lm-b.json: expected decode rates"):
+        rates.load(tmp_path)
 
 
 def test_a_variant_that_does_not_run_is_void(tiny, tmp_path, one_fault):  # noqa: F811

@@ -238,6 +238,16 @@ def _parameters(model):
     return {k: v.astype(mx.float32) if v.dtype == mx.bfloat16 else v for k, v in flat.items()}
 
 
+def test_a_small_error_is_really_planted(campaign):
+    """1 + 2^-8 is 1 in bfloat16: a factor rounded to it would damage nothing."""
+    projection = campaign.model.layers[1].mlp.switch_mlp.down_proj
+    before = np.array(projection["scales"].astype(mx.float32))
+    with faults.planted(campaign.model, "every-expert-error:0.00390625", ()):
+        after = np.array(projection["scales"].astype(mx.float32))
+    grown = np.abs(after / before - 1)
+    assert grown.max() < 2**-6 and 2**-9 < grown.mean() < 2**-7
+
+
 def test_sensitivity_halves_the_error_until_it_is_missed(campaign):
     before = _parameters(campaign.model)
     found = campaign.sensitivity("every-expert-error")

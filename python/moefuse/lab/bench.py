@@ -154,7 +154,8 @@ def rerun(
     prompt_file: Path | None = None,
     tick: Callable[[int], None] = lambda units: None,
 ) -> dict:
-    """Repeat a capsule's pairs -> old interval, new median ratio, whether it lies inside.
+    """Repeat a capsule's pairs -> old interval, new median ratio, whether it lies inside; and
+    stock's rate then and now (tok/s), which tells a machine that others share from one at rest.
 
     Raises LabError when the model or a prompt is not the capsule's. Writes nothing.
     """
@@ -186,6 +187,8 @@ def rerun(
         "old_interval": [low, high],
         "old_speedup": old["summary"]["decode_speedup"],
         "new_median": median,
+        "old_stock_tok_s": old["baseline"]["median_decode_tok_s"],
+        "new_stock_tok_s": statistics.median(rates[0]),
         "new_ratios": [b / a for a, b in zip(*rates, strict=True)],
         "inside": void is None and low <= median <= high,
         "void": void,

@@ -144,7 +144,7 @@ def _scaled(projection, error: float, expert: int | None):
     names = [n for n in ("scales", "biases") if n in projection] or ["weight"]
     kept = {n: projection[n] for n in names}
     for name, original in kept.items():
-        grown = original * (1 + error)
+        grown = original.astype(mx.float32) * (1 + error)  # in bfloat16 1 + 2^-8 is 1
         if expert is not None:
             chosen = mx.arange(original.shape[0]) == expert
             grown = mx.where(chosen[:, None, None], grown, original)

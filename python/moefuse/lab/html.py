@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
-from . import ranking, roofline
+from . import ranking, rates, roofline, stats
 from .notebook import span
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
-        overflow-x: auto }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 86rem; padding: 0 1rem }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
+        display: block; overflow-x: auto }
 td, th { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: left;
          white-space: nowrap }
 svg { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
@@ -100,6 +101,7 @@ def plot_grid(rows: Sequence[dict]) -> str:
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_title(f"batch {batch}", fontsize=10)
         axes.set_xlabel("context, tokens")
@@ -138,23 +140,37 @@ def _table(rows: Sequence[dict]) -> str:
 
 
 def _grid_table(rows: Sequence[dict]) -> str:
-    """Every cell of every variant, void ones with their reason."""
+    """Every cell of every variant beside stock against itself there, void ones with the reason."""
+    control = next((row for row in rows if ranking.is_control(row)), None)
+    noise = {
+        (cell["context"], cell["batch"]): stats.noise_interval(cell["interval"])
+        for cell in (_measured(control["found"]) if control and "grid" in control["found"] else ())
+    }
     body = []
     for row in rows:
         for cell in row["found"].get("grid", {}).get("cells", []):
             where = [row["variant"], str(cell["context"]), str(cell["batch"])]
             if cell["void"] is None:
                 both = [statistics.median(cell[f"{k}_tok_s"]) for k in ("baseline", "patched")]
-                rates = f"{both[0]:.1f} -> {both[1]:.1f}"
-                where += [rates, f"{cell['decode_speedup']:.3f}x", span(cell["interval"])]
+                aa = cell.get("aa_interval") or noise.get((cell["context"], cell["batch"]))
+                where += [f"{both[0]:.1f} -> {both[1]:.1f}", f"{cell['decode_speedup']:.3f}x"]
+                where += [span(cell["interval"]), span(aa) if aa else "-"]
             else:
-                where += [f"void: {cell['void']}", "", ""]
+                where += [f"void: {cell['void']}", "", "", ""]
+            where.append(cell.get("commit", row["found"].get("meta", {}).get("git_commit")) or "-")
             body.append("<tr>" + "".join(f"<td>{escape(w)}</td>" for w in where) + "</tr>")
     if not body:
         return ""
-    names = ("variant", "context", "batch", "tok/s", "decode", "95 %")
+    names = ("variant", "context", "batch", "tok/s", "decode", "95 %", "A/A", "commit")
     head = "".join(f"<th>{name}</th>" for name in names)
     return f"<h3>Context and batch</h3><table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _rates_section(cells: Sequence[dict]) -> str:
+    """Rates without a capsule, drawn and listed as a grid's."""
+    row = {"variant": rates.VARIANT, "decision": "rates", "found": {"grid": {"cells": cells}}}
+    told = "By benchmarks/cuda/mlx_lm_decode.py, A B B A, no capsule; A/A: stock's own two runs."
+    return f"{_grid_table([row])}<p>{told}</p>{plot_grid([row])}"
 
 
 def _reasons(rows: Sequence[dict]) -> str:
@@ -166,13 +182,17 @@ def _reasons(rows: Sequence[dict]) -> str:
     return f"<ul>{''.join(items)}</ul>"
 
 
-def render(rows: Sequence[dict]) -> str:
-    """The whole page from `ranking.load`'s rows."""
-    parts = ["<h1>moefuse ranking</h1>"]
+def render(rows: Sequence[dict], apart: Mapping[tuple[str, str], list[dict]] | None = None) -> str:
+    """The whole page from `ranking.load`'s rows and `rates.load`'s cells."""
+    parts, left = ["<h1>moefuse ranking</h1>"], dict(apart or {})
     for (quick, hardware, model, _), found in ranking.groups(rows):
         title = f"{model} on {hardware}" + (" (quick: a first look)" if quick else "")
         parts += [f"<h2>{escape(title)}</h2>", plot(found), _table(found), plot_ceiling(found)]
         parts += [_grid_table(found), plot_grid(found), _reasons(found)]
+        if cells := left.pop((hardware, model), None):
+            parts.append(_rates_section(cells))
+    for (hardware, model), cells in left.items():
+        parts += [f"<h2>{escape(f'{model} on {hardware}')}</h2>", _rates_section(cells)]
     if not rows:
         parts.append("<p>No capsule yet.</p>")
     return (
