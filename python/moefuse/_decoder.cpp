@@ -35,6 +35,7 @@ std::vector<moefuse::LayerCache> layer_caches(const nb::list& keys, const nb::li
 mx::array step(moefuse::Decoder& decoder, const std::vector<Row>& rows, const nb::list& keys,
                const nb::list& values, const std::optional<mx::array>& tokens) {
   std::vector<moefuse::StepRow> list;
+  list.reserve(rows.size());
   for (const auto& [token, sequence, position, first, slot] : rows)
     list.push_back({token, sequence, position, first, slot});
   auto caches = layer_caches(keys, values);

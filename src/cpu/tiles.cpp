@@ -72,14 +72,16 @@ inline void store_sums(float* c) {
 }
 
 // v[i] lane j <-> v[j] lane i.
+// NOLINTBEGIN(bugprone-macro-parentheses): `low` and `high` bring their own.
 inline void transpose(f32x16* v) {
-#define MOEFUSE_SWAP(step, low, high)                                 \
-  for (int i = 0; i < 16; ++i)                                        \
-    if (!(i & step)) {                                                \
-      const f32x16 a = v[i], b = v[i + step];                         \
-      v[i] = __builtin_shufflevector(a, b, MOEFUSE_LIST low);         \
-      v[i + step] = __builtin_shufflevector(a, b, MOEFUSE_LIST high); \
+#define MOEFUSE_SWAP(step, low, high)                                   \
+  for (int i = 0; i < 16; ++i)                                          \
+    if (!(i & (step))) {                                                \
+      const f32x16 a = v[i], b = v[i + (step)];                         \
+      v[i] = __builtin_shufflevector(a, b, MOEFUSE_LIST low);           \
+      v[i + (step)] = __builtin_shufflevector(a, b, MOEFUSE_LIST high); \
     }
+// NOLINTEND(bugprone-macro-parentheses)
 #define MOEFUSE_LIST(...) __VA_ARGS__
 #pragma GCC unroll 16
   MOEFUSE_SWAP(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),

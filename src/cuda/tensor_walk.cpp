@@ -129,8 +129,9 @@ int cache_splits(int cached) {
 }
 
 TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
-                       metal::WalkInputs inputs, Launcher launcher, int multiprocessors, int splits)
-    : metal::Walk(p, a, constants, std::move(inputs), std::move(launcher)),
+                       const metal::WalkInputs& inputs, Launcher launcher, int multiprocessors,
+                       int splits)
+    : metal::Walk(p, a, constants, inputs, std::move(launcher)),
       multiprocessors_(multiprocessors),
       splits_(splits) {
   wide_constants = true;

@@ -23,7 +23,7 @@ class TensorWalk : public metal::Walk {
   // multiprocessors: of the device. splits: stretches that the longest row asks for, as
   // cache_splits() says.
   TensorWalk(const Plan& plan, Accumulate accumulate, metal::Constants& constants,
-             metal::WalkInputs inputs, Launcher launcher, int multiprocessors, int splits);
+             const metal::WalkInputs& inputs, Launcher launcher, int multiprocessors, int splits);
 
  protected:
   using metal::Walk::run;

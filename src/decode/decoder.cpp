@@ -124,6 +124,7 @@ mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCach
   mx::array logits(mx::allocator::malloc(size_t(count) * vocab * dtype.size()),
                    mx::Shape{count, vocab}, dtype);
   std::vector<CacheView> views;
+  views.reserve(caches.size());
   for (LayerCache& c : caches)
     views.push_back({c.keys.data<char>(), c.values.data<char>(), c.keys.shape(2)});
   std::visit([&]<class A>(CpuStep<A>& step) { step.run(rows, views, logits.data<A>()); },

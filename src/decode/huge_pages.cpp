@@ -16,8 +16,9 @@ void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t b
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
   const uintptr_t last = (begin + bytes) / kPage * kPage;
   if (first >= last) return;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_COLLAPSE);
+  char* pages = static_cast<char*>(const_cast<void*>(data)) + (first - begin);
+  madvise(pages, last - first, MADV_HUGEPAGE);
+  madvise(pages, last - first, MADV_COLLAPSE);
 #endif
 }
 

@@ -15,7 +15,8 @@ const char* gate_up_kernel(const ExpertsGateUp& s) {
   return s.shared_gate ? "moe_experts_gate_up_shared" : "moe_experts_gate_up";
 }
 
-Walk::Walk(const Plan& p, Accumulate a, Constants& constants, WalkInputs inputs, Launcher launcher)
+Walk::Walk(const Plan& p, Accumulate a, Constants& constants, const WalkInputs& inputs,
+           Launcher launcher)
     : plan(p),
       accumulate(a),
       rows(inputs.rows),
@@ -233,6 +234,7 @@ const Rope& rope_of(const Plan& plan) {
 
 std::vector<uint32_t> tokens_of(const std::vector<StepRow>& rows) {
   std::vector<uint32_t> tokens;
+  tokens.reserve(rows.size());
   for (const StepRow& row : rows) tokens.push_back(row.token);
   return tokens;
 }

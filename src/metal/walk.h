@@ -30,7 +30,7 @@ struct WalkInputs {
 class Walk {
  public:
   using Launcher = std::function<std::vector<mx::array>(const Call&)>;
-  Walk(const Plan& plan, Accumulate accumulate, Constants& constants, WalkInputs inputs,
+  Walk(const Plan& plan, Accumulate accumulate, Constants& constants, const WalkInputs& inputs,
        Launcher launcher);
   virtual ~Walk() = default;
 

@@ -99,7 +99,7 @@ Model load_model(const std::string& path) {
   for (const std::string& file : files) {
     for (auto& [name, array] : read_weights(folder / file).first)
       if (!model.weights.emplace(name, array).second)
-        fail(kWhere, file + ": " + name, "a tensor once", "a second one");
+        fail(kWhere, std::string(file).append(": ").append(name), "a tensor once", "a second one");
   }
   return model;
 }

@@ -100,7 +100,8 @@ uint64_t check_safetensors(const std::string& name, std::istream& file, uint64_t
     if (tensor == "__metadata__")
       check_metadata(name, entry);
     else
-      extents.push_back(check_tensor(name + ": " + tensor, entry, data_bytes));
+      extents.push_back(
+          check_tensor(std::string(name).append(": ").append(tensor), entry, data_bytes));
   }
   check_disjoint(extents);
   return data_bytes;
