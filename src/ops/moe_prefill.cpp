@@ -7,8 +7,8 @@ namespace moefuse {
 namespace {
 
 constexpr const char* kOp = "moe_prefill";
-// Rows of a block: the smallest tile of MLX's CUDA products, so that padding costs least; 32, 64
-// and 128 rows were slower at 128 experts and 1,024 tokens.
+// Rows of a block: the smallest tile of MLX's CUDA products, so that padding costs least. With 128
+// experts and 1,024 tokens a layer's block took an H200 1,626 us, with 32 rows 1,776.
 constexpr int kBlock = 16;
 
 // Slots are sorted by expert and laid out in blocks of rows that share one. All of it is computed

@@ -12,16 +12,9 @@ import moefuse
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 BITS = {mx.bfloat16: mx.uint16, mx.float16: mx.uint16, mx.float32: mx.uint32}
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
 
 
 def bits(a):

@@ -42,20 +42,6 @@ def stock(family: str, dtype: str):
     return model, decode(model), {n: bits(model(prompt(n))) for n in LENGTHS}
 
 
-@pytest.fixture
-def patched():
-    """patch() that comes off at the end of the test."""
-    models = []
-
-    def apply(model, *args, **kwargs):
-        models.append(model)
-        return moefuse.patch(model, *args, **kwargs)
-
-    yield apply
-    for model in models:
-        moefuse.unpatch(model)
-
-
 def objects(model) -> list:
     """Classes of all modules and identities of all parameters."""
     found = [(name, type(module), id(module)) for name, module in model.named_modules()]

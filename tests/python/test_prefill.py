@@ -17,29 +17,8 @@ from moefuse.lab.fidelity import load_oracle
 from moefuse.lab.variants import did_not_run, parse
 from patch_support import DTYPES, FAMILIES, bits, decode, prompt, same_bits, same_decode, tiny
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 UNIT = 2.0**-24  # float32
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
-
-
-@pytest.fixture
-def patched():
-    """patch() that comes off at the end of the test."""
-    models = []
-
-    def apply(model, *args, **kwargs):
-        models.append(model)
-        return moefuse.patch(model, *args, **kwargs)
-
-    yield apply
-    for model in models:
-        moefuse.unpatch(model)
 
 
 def stack(rng, count, rows, cols, dtype, **options):
