@@ -86,6 +86,18 @@ def test_a_packed_folder_is_appended_by_the_command(evidence, tmp_path):
         importer.take(packed, out)
 
 
+@pytest.mark.parametrize("name", ["../outside", "/outside", "evidence/link"])
+def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, name):
+    packed = tmp_path / "evidence.tar.gz"
+    member = tarfile.TarInfo(name)
+    if name.endswith("link"):
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+    with tarfile.open(packed, "w:gz") as stream:
+        stream.addfile(member)
+    with pytest.raises(LabError, match=f"expected plain files and folders, got '{name}'"):
+        importer.take(packed, tmp_path / "benchmarks")
+
+
 def change(path, **more):
     found = json.loads(path.read_text())
     for key, value in more.items():

@@ -6,9 +6,23 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from . import LabError, bench, capsule, files, ledger, notebook
+
+# Python 3.11.2, Debian 12's, has no filters; _check_members does not need them.
+_FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
+
+def _check_members(source: Path, packed: tarfile.TarFile) -> None:
+    """Raises LabError on what is no plain file or folder inside the folder it is unpacked to."""
+    for member in packed.getmembers():
+        path = PurePosixPath(member.name)
+        plain = member.isfile() or member.isdir()
+        if not plain or path.is_absolute() or ".." in path.parts:
+            raise LabError(
+                f"[import] {source.name}: expected plain files and folders, got {member.name!r}"
+            )
 
 
 @contextmanager
@@ -20,7 +34,8 @@ def _folder(source: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as kept:
         try:
             with tarfile.open(source) as packed:
-                packed.extractall(kept, filter="data")
+                _check_members(source, packed)
+                packed.extractall(kept, **_FILTER)
         except (OSError, EOFError, tarfile.TarError) as error:
             raise LabError(
                 f"[import] {source.name}: expected a folder or a tar archive, got {error}"
