@@ -50,17 +50,17 @@ class Decoder {
  public:
   // For the default device. On a CPU, exact: the bits of stock MLX on x86, for bfloat16 and float16
   // models; fp32_no_fma and fp32: activations in float32 from the embedding to the logits. On
-  // Metal (emulated, never run on Apple hardware) activations are of the model's dtype, accumulate
-  // is the experts' weighted sum, and a step takes one row of each sequence. Refers to the model's
-  // arrays, copies none. Throws std::invalid_argument naming the tensor or field that it cannot
-  // take.
+  // Metal (emulated, never run on Apple hardware) activations are of the model's dtype; on CUDA
+  // they are float32 where the matrices are of 4 bits in groups of 64. On both, accumulate is the
+  // experts' weighted sum, and a step takes one row of each sequence. Refers to the model's arrays,
+  // copies none. Throws std::invalid_argument naming the tensor or field that it cannot take.
   Decoder(const Model& model, Accumulate accumulate);
   ~Decoder();
   Decoder(Decoder&&) noexcept;
 
-  // Logits [rows, vocab_size], of the model's dtype (exact) or float32. One row's bits depend on no
-  // other row. Throws std::invalid_argument, before anything is written, on a row or a cache that
-  // does not fit the model.
+  // Logits [rows, vocab_size], of the activations' dtype: on a CPU the model's (exact) or float32.
+  // One row's bits depend on no other row. Throws std::invalid_argument, before anything is
+  // written, on a row or a cache that does not fit the model.
   //
   // tokens: [rows], in the place of the rows' own; on CUDA they may still be on their way, and the
   // step is enqueued behind them on MLX's default GPU stream. wait() ends when the steps so far

@@ -35,10 +35,19 @@ class _Layers:
         del layer.__dict__["_moefuse"]
 
 
+def _stays(layer, x: mx.array) -> bool:
+    """Whether a linear layer's x is stock's: training, or too few rows."""
+    return layer._training or x.size < ROWS * x.shape[-1]
+
+
+def _biased(layer, y: mx.array) -> mx.array:
+    return y + layer["bias"] if "bias" in layer else y
+
+
 def _linear(layer, x: mx.array) -> mx.array:
     """__call__ of a patched linear layer."""
     state: _Layers = layer._moefuse
-    if layer._training or x.size < ROWS * x.shape[-1]:
+    if _stays(layer, x):
         return state.stock.__call__(layer, x)
     scales = layer["scales"]
     if layer.mode == "affine" and scales.dtype != x.dtype:
@@ -54,7 +63,7 @@ def _linear(layer, x: mx.array) -> mx.array:
         bits=layer.bits,
         mode=layer.mode,
     )
-    return y + layer["bias"] if "bias" in layer else y
+    return _biased(layer, y)
 
 
 def _multi_linear(layer, x: mx.array, transpose: bool = True) -> mx.array:
@@ -70,11 +79,10 @@ def _multi_linear(layer, x: mx.array, transpose: bool = True) -> mx.array:
 def _dense_linear(layer, x: mx.array) -> mx.array:
     """__call__ of a linear layer that is dequantised for its many rows."""
     state: _Layers = layer._moefuse
-    if layer._training or x.size < ROWS * x.shape[-1]:
+    if _stays(layer, x):
         return state.stock.__call__(layer, x)
     state.report._counted[LINEAR] += 1
-    y = x @ _dequantised(layer, x.dtype).T
-    return y + layer["bias"] if "bias" in layer else y
+    return _biased(layer, x @ _dequantised(layer, x.dtype).T)
 
 
 def _dequantised(layer, dtype) -> mx.array:

@@ -71,7 +71,7 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, int begin, int end, const float* q, int h, int heads, float* out,
                 int64_t out_stride) {
-  constexpr int kRows = kHeads >= 8 ? 2 : 4, kBytes = kDtype == Dtype::float32 ? 4 : 2;
+  constexpr int kRows = kHeads >= 8 ? 2 : 4, kBytes = itemsize(kDtype);
   const int64_t bytes = int64_t(kRows) * a.dim * kBytes;
   const int64_t from = bytes * h / heads, to = bytes * (h + kHeads) / heads;
   const float* queries = q + int64_t(h) * a.dim;
@@ -171,7 +171,7 @@ template <Dtype kDtype, bool kExact, int kHeads>
 void weighted_sums(const RowsArgs& a, int begin, int end, const float* weights,
                    int64_t weights_stride, float* out) {
   constexpr int kVectors = kHeads > 4 ? 2 : 4, kColumns = kVectors * kLanes;
-  const char* ahead = (const char*)a.data + end * a.stride * (kDtype == Dtype::float32 ? 4 : 2);
+  const char* ahead = (const char*)a.data + end * a.stride * itemsize(kDtype);
   int d = 0;
   for (; d + kColumns <= a.dim; d += kColumns, ahead += (end - begin) * 64)
     weighted_sum_columns<kDtype, kExact, kHeads, kVectors, true>(

@@ -25,7 +25,7 @@ struct AffineCodes {
   static constexpr int kBits = bits;
   static u8x64 integers(u8x64 codes) { return codes; }
   static f32x16 floats(u32x16 codes) { return __builtin_convertvector((i32x16)codes, f32x16); }
-  static int scale_bytes(const QuantizedMatrix& w) { return w.dtype == Dtype::float32 ? 4 : 2; }
+  static int scale_bytes(const QuantizedMatrix& w) { return itemsize(w.dtype); }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {
     return {load_floats(w.scales, w.dtype, first, n), load_floats(w.biases, w.dtype, first, n)};
   }

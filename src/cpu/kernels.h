@@ -6,6 +6,11 @@
 namespace moefuse::cpu {
 
 enum class Dtype : uint8_t { float32, float16, bfloat16 };
+// Bytes of an element. Of this file's own in each of its users: they are compiled for different
+// instruction sets.
+[[maybe_unused]] static constexpr int itemsize(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : 2;
+}
 
 // What the codes q and the scales of a matrix W [rows, cols] stand for, with g = k / group_size.
 enum class Format : uint8_t {

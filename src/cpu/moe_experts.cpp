@@ -14,10 +14,6 @@ namespace {
 // over the threads, long enough that a task's start costs nothing.
 constexpr int kBlock = 64;
 
-int64_t itemsize(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : 2;
-}
-
 // The activation vectors that go into one product, laid out as its kernel wants them.
 class Vectors {
  public:
@@ -200,7 +196,7 @@ void gather_qmm_swiglu(const GatherSwigluArgs& args) {
 
 void prefill_linear(const LinearArgs& args) {
   const int width = args.w.rows;
-  const int64_t x_bytes = args.w.cols * itemsize(args.dtype), size = itemsize(args.dtype);
+  const int64_t x_bytes = int64_t(args.w.cols) * itemsize(args.dtype), size = itemsize(args.dtype);
   Vectors x(args.arithmetic, args.w, args.dtype, args.rows);
   parallel_for(args.rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) x.set(r, static_cast<const char*>(args.x) + r * x_bytes);

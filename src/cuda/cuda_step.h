@@ -13,8 +13,9 @@
 
 namespace moefuse::cuda {
 
-// Activations are of the model's dtype T between the kernels, sums in fp32 or exact inside.
-// `accumulate` decides the weighted sum over the experts, as on Metal.
+// Between the kernels activations are fp32 where TensorWalk takes the plan, else of the model's
+// dtype; sums are fp32 or exact. `accumulate` decides the weighted sum over the experts, as on
+// Metal.
 class CudaStep {
  public:
   // Refers to the plan's arrays. Throws std::invalid_argument naming the tensor or field that the

@@ -30,7 +30,7 @@ cpu::RowsArgs CpuStep<A>::Worker::cached(bool keys, int r, int head) const {
   const int dim = keys ? shared_.cache_shape.key_dim : shared_.cache_shape.value_dim;
   const int64_t first =
       (int64_t(row.sequence) * shared_.cache_shape.kv_heads + head) * cache.slots + row.first;
-  const int size = shared_.cache_dtype == cpu::Dtype::float32 ? 4 : 2;
+  const int size = cpu::itemsize(shared_.cache_dtype);
   return {(keys ? cache.keys : cache.values) + first * dim * size, shared_.cache_dtype, dim,
           row.slot - row.first + 1, dim};
 }
@@ -202,7 +202,7 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   const int slots = chunk_slots(shared_.rows[r].slot - shared_.rows[r].first + 1);
   const auto slice = [&](bool keys) {
     cpu::RowsArgs rows = cached(keys, r, kv_head);
-    const int size = rows.dtype == cpu::Dtype::float32 ? 4 : 2;
+    const int size = cpu::itemsize(rows.dtype);
     rows.data = static_cast<const char*>(rows.data) + int64_t(chunk) * slots * rows.dim * size;
     rows.rows = std::min(slots, rows.rows - chunk * slots);
     return rows;

@@ -29,11 +29,9 @@ inline cpu::QuantizedMatrix view(const Matrix& m, int64_t index = 0) {
 
 // The rows of w from `row` on, as what will be read next.
 inline cpu::Ahead ahead(const cpu::QuantizedMatrix& w, int row) {
-  const int64_t groups = int64_t(row) * (w.cols / w.group_size);
-  const int size = w.dtype == cpu::Dtype::float32 ? 4 : 2;
+  const int64_t groups = int64_t(row) * (w.cols / w.group_size) * cpu::itemsize(w.dtype);
   return {w.weight + int64_t(row) * w.cols * w.bits / 32,
-          static_cast<const char*>(w.scales) + groups * size,
-          static_cast<const char*>(w.biases) + groups * size};
+          static_cast<const char*>(w.scales) + groups, static_cast<const char*>(w.biases) + groups};
 }
 
 template <class A>

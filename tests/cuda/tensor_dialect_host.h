@@ -90,16 +90,11 @@ Words<4> load_line(const emulator::Pointer<const T>& p, emulator::Where where) {
   return w;
 }
 template <typename T>
-void copy_words(const emulator::Shared<T>& to, const emulator::Pointer<const T>& from,
-                emulator::Where where = {}) {
-  store_line(to, load_line(from, where).w, where);
-}
-template <typename T>
 void copy_async(const emulator::Shared<T>& to, const emulator::Pointer<const T>& from,
                 emulator::Where where = {}) {
   to.block().on_write(to.line(where), 16, false, true);
   load_line(from, where);  // may happen right away, so it has to be allowed already
-  emulator::start_copy([=] { copy_words(to, from, where); });
+  emulator::start_copy([=] { store_line(to, load_line(from, where).w, where); });
 }
 inline void commit_copies() {
   emulator::commit_copies();

@@ -61,7 +61,7 @@ TEST(TensorDialect, MultipliesTiles) {
     DYNAMIC_SHARED_ARRAY(T, left, 16 * 24);
     SHARED_ARRAY(T, right, 32 * 8);
     copy_async(left + (lane_id / 2 * 24 + lane_id % 2 * 8), x + lane_id * 8);
-    if (lane_id < 16) copy_words(right + lane_id * 8, y + lane_id * 8);
+    if (lane_id < 16) copy_async(right + lane_id * 8, y + lane_id * 8);
     if (lane_id >= 16) store_zeros(right + lane_id * 8);
     commit_copies();
     wait_for_copies<0>();

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..flags import ACCUMULATE
+from ..flags import VARIANTS as PARTS
 from . import LabError
-
-PARTS = ("router", "experts", "swiglu", "combine", "concat_gate_up", "step", "prefill")
-ACCUMULATE = ("exact", "fp32_no_fma", "fp32")
 
 # Each kernel alone first, then combinations: the order in which a campaign measures them.
 FULL = (

@@ -1,7 +1,7 @@
 // Attention of eight query heads to one stretch of a cache by a cluster of 16 blocks, on the tensor
 // cores. A block has a sixteenth of the positions, kBatch of them at a time in shared memory. Each
-// warp scores 16 positions, then sums every eighth 16 dimensions of the
-// values: no warp waits for another's sums, and the blocks' meet once, at the end.
+// warp scores 16 positions, then sums every eighth 16 dimensions of the values: no warp waits for
+// another's sums, and the blocks' meet once, at the end.
 #pragma once
 
 constexpr float kLog2e = 1.44269504f;

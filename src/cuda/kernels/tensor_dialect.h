@@ -92,12 +92,8 @@ template <typename T>
 FUNC void store_zeros(T* to) {
   *reinterpret_cast<Words<4>*>(to) = {{0u, 0u, 0u, 0u}};
 }
-template <typename T>
-FUNC void copy_words(T* to, const T* from) {
-  *reinterpret_cast<Words<4>*>(to) = load_coherent(from);
-}
-// The same in the background: wait_for_copies<N>() ends when all of the thread's own have but those
-// of the last N commits.
+// 16 bytes to it, in the background: wait_for_copies<N>() ends when all of the thread's own have
+// but those of the last N commits.
 template <typename T>
 FUNC void copy_async(T* to, const T* from) {
   asm volatile(
