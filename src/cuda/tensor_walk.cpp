@@ -19,17 +19,22 @@ constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
 int slices(int columns) {
   return metal::blocks(columns, 256);
 }
+// One piece to each where that is no more than `most` warps: a warp that takes one at a time is
+// done soonest. Eight else, which leave more registers for the next kernel's blocks.
+int warps_for(int pieces, int most) {
+  return pieces > kWarps && pieces <= most ? pieces : kWarps;
+}
 // Of a row's values on the grid, and of its partial sums for `tiles` tiles of output.
 int grid_bytes(int columns, int tiles) {
-  return (slices(columns) * (128 + 4 + 8) + 4 + std::min(slices(columns), kWarps) * tiles * 64) * 4;
+  return (slices(columns) * (128 + 4 + 8 + tiles * 64) + 4) * 4;
 }
 
 // Batches of positions, each with so many values.
 int batch_bytes(int batches, int values) {
   return batches * kBatch * values * 2;
 }
-int latent_shared_bytes(int latent, int rope) {
-  return batch_bytes(2, latent + rope + 8);
+int latent_shared_bytes(int latent, int rope, int batches, bool apart) {
+  return batch_bytes(batches, latent + rope + 8) + (apart ? 16 * latent * 4 : 0);
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -71,7 +76,7 @@ struct Taker {
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
                 when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
-                when(latent_shared_bytes(s.latent_dim, s.rope_dim) > kDynamicShared,
+                when(latent_shared_bytes(s.latent_dim, s.rope_dim, 2, false) > kDynamicShared,
                      "more latent dimensions than shared memory holds")});
   }
   std::string operator()(const LatentAttention&) const { return ""; }
@@ -165,17 +170,21 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
   append(inputs, c ? *c : a);
   const int nk = b ? b->rows : 0, nv = c ? c->rows : 0, n = a.rows + nk + nv;
   const auto [tiles, resident] = tiling(metal::blocks(n, 16), slices(a.cols));
-  return output("grid_project", inputs, {dtype, rows, tiles, a.cols, x.shape(-1), a.rows, nk, nv},
-                {rows, n}, {metal::blocks(n, 16 * tiles), 1, 1}, kThreads,
-                std::max(resident, beside()));
+  const int warps = warps_for(tiles * slices(a.cols), 12);
+  return output("grid_project", inputs,
+                {dtype, rows, warps, tiles, a.cols, x.shape(-1), a.rows, nk, nv}, {rows, n},
+                {metal::blocks(n, 16 * tiles), 1, 1}, 32 * warps,
+                warps > kWarps ? 1 : std::max(resident, beside()));
 }
 
 mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
   int together = rows;  // as many rows as shared memory holds
   while (rows % together || together * grid_bytes(m.cols, 1) > kStaticShared) --together;
+  const int warps = warps_for(slices(m.cols), 20);
   return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
-                {dtype, together, m.cols, m.rows}, {rows, m.rows},
-                {metal::blocks(m.rows, 16), rows / together, 1}, kThreads, beside());
+                {dtype, together, warps, m.cols, m.rows}, {rows, m.rows},
+                {metal::blocks(m.rows, 16), rows / together, 1}, 32 * warps,
+                warps > kWarps ? 1 : beside());
 }
 
 void TensorWalk::run(const GroupedProjection& s) {
@@ -215,15 +224,17 @@ void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
   const int stride = projected.shape(-1), splits = std::min(splits_, kLatentSplits);
+  const int batches = 2;
+  const bool apart = false;
   auto out = outputs(
       "cluster_attention_mla",
       {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
        constant(s.scale), angles, places, cache.keys, cache.values},
       {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
-       stride - s.latent_dim - s.rope_dim},
+       stride - s.latent_dim - s.rope_dim, batches, apart},
       {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
       {mx::float32, mx::float32}, {metal::kCluster * splits, metal::blocks(s.heads, 8), rows},
-      kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim), 1);
+      kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim, batches, apart), 1);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;
@@ -243,10 +254,11 @@ void TensorWalk::run(const OutputProjection& s) {
     hidden = add_to_residual(attended, s.o);
     return;
   }
-  hidden = output("grid_attention_out",
-                  {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
-                  {dtype, rows, grouped->heads, grouped->head_dim, splits_, s.o.rows},
-                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, kThreads, beside());
+  const int warps = warps_for(slices(s.o.cols), 20);
+  hidden = output(
+      "grid_attention_out", {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
+      {dtype, rows, warps, grouped->heads, grouped->head_dim, splits_, s.o.rows}, {rows, s.o.rows},
+      {metal::blocks(s.o.rows, 16), 1, 1}, 32 * warps, warps > kWarps ? 1 : beside());
 }
 
 void TensorWalk::run(const Router& s) {
@@ -265,20 +277,18 @@ void TensorWalk::run(const Router& s) {
   router_ = &s;
 }
 
-// bias and scaling of the router, which a softmax has not.
-void TensorWalk::append_routing(std::vector<mx::array>& inputs) {
-  const bool sigmoid = router_->options.scoring == Scoring::sigmoid;
-  inputs.push_back(sigmoid ? (router_->correction_bias ? *router_->correction_bias
-                                                       : mx::zeros({router_->experts}, mx::float32))
-                           : constant(0.0f));
-  inputs.push_back(constant(sigmoid ? router_->options.scaling_factor : 1.0f));
+// Of a router that has no bias, zeros; of a softmax, what its kernels do not read.
+mx::array TensorWalk::router_bias() {
+  if (router_->options.scoring == Scoring::softmax) return constant(0.0f);
+  if (router_->correction_bias) return *router_->correction_bias;
+  return mx::zeros({router_->experts}, mx::float32);
 }
 
 void TensorWalk::run(const ExpertsGateUp& s) {
   const Router& r = *router_;
   const bool shared = s.shared_gate.has_value();
-  std::vector<mx::array> inputs = {hidden, r.norm.weight, constant(r.norm.eps), router_logits_};
-  append_routing(inputs);
+  std::vector<mx::array> inputs = {hidden, r.norm.weight, constant(r.norm.eps), router_logits_,
+                                   router_bias()};
   for (const Matrix* m :
        {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
     append(inputs, *m);
@@ -286,7 +296,7 @@ void TensorWalk::run(const ExpertsGateUp& s) {
   const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
   inner = output("grid_gate_up", inputs,
                  {dtype, tiles, kDepth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
-                  r.options.norm_topk_prob, r.options.scoring == Scoring::softmax, shared},
+                  r.options.scoring == Scoring::softmax, shared},
                  {rows, slots, s.gate.rows}, {metal::blocks(tile_count, tiles), slots, rows},
                  kThreads, std::max(resident, 2));
 }
@@ -294,8 +304,9 @@ void TensorWalk::run(const ExpertsGateUp& s) {
 void TensorWalk::run(const ExpertsDown& s) {
   const Router& r = *router_;
   const bool shared = s.shared_down.has_value();
-  std::vector<mx::array> inputs = {inner, router_logits_};
-  append_routing(inputs);
+  const bool softmax = r.options.scoring == Scoring::softmax;
+  std::vector<mx::array> inputs = {inner, router_logits_, router_bias(),
+                                   constant(softmax ? 1.0f : r.options.scaling_factor)};
   append(inputs, s.down);
   append(inputs, shared ? *s.shared_down : s.down);
   inputs.push_back(hidden);
@@ -307,7 +318,7 @@ void TensorWalk::run(const ExpertsDown& s) {
   hidden = output("grid_down", inputs,
                   {dtype, warps, r.experts, r.top_k, s.down.cols, s.down.rows,
                    metal::combine_steps(accumulate, dtype, weight_dtype), r.options.norm_topk_prob,
-                   r.options.scoring == Scoring::softmax, shared},
+                   softmax, shared},
                   {rows, s.down.rows}, {metal::blocks(s.down.rows, 16), rows, 1},
                   32 * slots * warps, 32 * slots * warps > kThreads ? 1 : 2);
 }

@@ -56,7 +56,7 @@ class TensorWalk : public metal::Walk {
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
                     const Matrix* c);
   mx::array add_to_residual(const mx::array& x, const Matrix& m);
-  void append_routing(std::vector<mx::array>& inputs);
+  mx::array router_bias();
 
   const int multiprocessors_, splits_;
   const Router* router_ = nullptr;  // of the layer

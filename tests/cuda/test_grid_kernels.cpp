@@ -43,7 +43,7 @@ bool inside(float got, Approx want) {
 
 struct Linear {
   using T = bfloat16_t;
-  static constexpr int ROWS = 2, COLS = 320, N = 40;
+  static constexpr int ROWS = 2, WARPS = 8, COLS = 320, N = 40;
 };
 constexpr size_t kRows = 2;
 
@@ -114,7 +114,8 @@ TEST(GridKernels, NanReachesEveryResultOfItsRow) {
 
 struct Project {
   using T = bfloat16_t;
-  static constexpr int ROWS = 1, TILES = 2, H = 576, STRIDE = 640, NQ = 48, NK = 16, NV = 21;
+  static constexpr int ROWS = 1, WARPS = 8, TILES = 2, H = 576, STRIDE = 640, NQ = 48, NK = 16,
+                       NV = 21;
 };
 
 TEST(GridKernels, ProjectLiesInItsBound) {
@@ -204,6 +205,16 @@ void expect_same(const Choice<K>& a, const Choice<K>& b, size_t row) {
   }
 }
 
+template <int K>
+Choice<K> weighed(const Experts<K>& chosen, const Floats<K>& weights) {
+  Choice<K> both{};
+  for (int i = 0; i < K; ++i) {
+    both.index[i] = chosen.index[i];
+    both.value[i] = weights.v[i];
+  }
+  return both;
+}
+
 template <int E, int K, bool NORM>
 void compare_softmax() {
   const auto rows = rows_of(E);
@@ -215,7 +226,9 @@ void compare_softmax() {
       return route_softmax<float, E, K, NORM>(spread_of<E>(rows[r], lane), lane);
     });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
-                     return select_softmax<E, K, NORM>(spread_of<E>(rows[r], lane), lane);
+                     const auto logits = spread_of<E>(rows[r], lane);
+                     const auto chosen = choose_experts<E, K, true>(logits, {}, lane);
+                     return weighed(chosen, weigh_softmax<E, K, NORM>(logits, chosen, lane));
                    }),
                    want, r);
   }
@@ -236,8 +249,10 @@ void compare_sigmoid() {
       return route_sigmoid<E, K, true>(spread_of<E>(rows[r], lane), bias, 1.8f, lane);
     });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
-                     return select_sigmoid<E, K, true>(spread_of<E>(rows[r], lane),
-                                                       spread_of<E>(bias, lane), 1.8f, lane);
+                     const auto logits = spread_of<E>(rows[r], lane);
+                     const auto chosen =
+                         choose_experts<E, K, false>(logits, spread_of<E>(bias, lane), lane);
+                     return weighed(chosen, weigh_sigmoid<E, K, true>(logits, chosen, 1.8f, lane));
                    }),
                    want, r);
   }

@@ -22,7 +22,7 @@ struct Common {
   using T = bfloat16_t;
   using A = float;
   static constexpr int ROWS = 1, BITS = 4, GROUP = 64, H = 192, STRIDE = 192, D = 192, N = 192;
-  static constexpr int V = 2048, I = 64, COMBINE = 1, TILES = 1, DEPTH = 1, WARPS = 1;
+  static constexpr int V = 2048, I = 64, COMBINE = 1, TILES = 1, DEPTH = 1, WARPS = 8;
   static constexpr bool NORM = true, SOFTMAX = true, SHARED = false;
 };
 struct Head : Common {
@@ -31,12 +31,18 @@ struct Head : Common {
 struct Qwen : Common {
   static constexpr int DEPTH = 4, NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
 };
+struct QwenDown : Qwen {
+  static constexpr int WARPS = 1;
+};
 struct QwenOut : Common {
   static constexpr int HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1;
 };
 struct Glm : Common {
   static constexpr int DEPTH = 4, NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
   static constexpr bool SOFTMAX = false, SHARED = true;
+};
+struct GlmDown : Glm {
+  static constexpr int WARPS = 1;
 };
 struct GlmQuery : Common {
   static constexpr int H = 128, STRIDE = 288, NQ = 384, NK = 0, NV = 0;
@@ -48,7 +54,8 @@ struct GlmUnembed : Common {
   static constexpr int HEADS = 4, LORA = 128, V = 64, SPLITS = 1;
 };
 struct GlmAttention : GlmUnembed {
-  static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
+  static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128, BATCHES = 2;
+  static constexpr bool APART = false;
 };
 struct GlmOut : Common {
   static constexpr int COLS = 256;
@@ -68,7 +75,7 @@ void add_kernels(emulated::Backend& backend) {
   ADD_STAGE(backend, grid_attention_out, QwenOut);
   ADD_STAGE(backend, grid_router, Qwen);
   ADD_STAGE(backend, grid_gate_up, Qwen);
-  ADD_STAGE(backend, grid_down, Qwen);
+  ADD_STAGE(backend, grid_down, QwenDown);
   ADD_STAGE(backend, grid_head, Head);
   ADD_STAGE(backend, grid_project, Glm);
   ADD_STAGE(backend, grid_project, GlmQuery);
@@ -80,7 +87,7 @@ void add_kernels(emulated::Backend& backend) {
   ADD_STAGE(backend, grid_gate_up_dense, GlmDense);
   ADD_STAGE(backend, grid_router_dense, Glm);
   ADD_STAGE(backend, grid_gate_up, Glm);
-  ADD_STAGE(backend, grid_down, Glm);
+  ADD_STAGE(backend, grid_down, GlmDown);
 }
 
 mx::array in_fp32(const mx::array& a) {

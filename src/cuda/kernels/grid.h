@@ -265,6 +265,11 @@ FUNC void normed_row_on_grid(RowPart<COLS, THREADS> row, const RowPart<COLS, THR
   if (thread_at % 32u == 0u) squares[thread_at / 32u] = square;
 }
 
+// Warps that hold a part of a row, eight values to a lane.
+FUNC constexpr int row_warps(int columns, int warps) {
+  return slices(columns) < warps ? slices(columns) : warps;
+}
+
 template <int WARPS, typename F>
 FUNC float scale_of_squares(F squares, float count, float eps) {
   float sum = squares[0];

@@ -1,6 +1,13 @@
 // The routers of moe_router.h on fp32 scores, for a warp that finds the maximum of 32 lanes in one
-// instruction: the same choice in the same order, and the same weights, bit for bit.
+// instruction: the same choice in the same order, and the same weights, bit for bit. Choosing and
+// weighing are apart, because an expert's matrices wait for the choice alone.
 #pragma once
+
+// A row's experts in the order in which their outputs are added up.
+template <int K>
+struct Experts {
+  uint index[K];
+};
 
 // A row's logits, or a router's biases, spread over the lanes: element i in lane i % 32.
 template <int E, typename L>
@@ -13,10 +20,31 @@ FUNC Spread<E> load_spread(L values, uint lane) {
   return spread;
 }
 
-// The K best keys, best first, with their values; of equal ones the highest index or the lowest.
-// `ranks`: 0 where nothing is.
-template <int E, int K, int PLACES>
-FUNC void choose_exactly(Choice<K>& chosen, uint (&ranks)[PLACES], const uint (&keys)[PLACES]) {
+// Element i, the same for all lanes, of values that are spread over them.
+template <int E>
+FUNC float element_of(const Spread<E>& values, uint i) {
+  float value = values.v[0];
+  UNROLL for (int p = 1; p < (E + 31) / 32; ++p) value = i / 32u == uint(p) ? values.v[p] : value;
+  return shuffle(value, i % 32u);
+}
+
+// Of equal keys the highest index or the lowest has the higher rank; ranks begin at 1.
+template <int E, bool HIGHEST>
+FUNC uint rank_of(uint i) {
+  return i < uint(E) ? (HIGHEST ? i + 1u : uint(E) - i) : 0u;
+}
+template <int E, bool HIGHEST>
+FUNC uint of_rank(uint rank) {
+  return HIGHEST ? rank - 1u : uint(E) - rank;
+}
+
+// The K best keys, best first: two maxima a place, of the keys and of the ranks among equal ones.
+template <int E, int K, bool HIGHEST>
+FUNC Experts<K> choose_exactly(const uint (&keys)[(E + 31) / 32], uint lane) {
+  constexpr int PLACES = (E + 31) / 32;
+  Experts<K> chosen = {};
+  uint ranks[PLACES];
+  UNROLL for (int p = 0; p < PLACES; ++p) ranks[p] = rank_of<E, HIGHEST>(lane + 32u * uint(p));
   ROLLED for (uint c = 0; c < uint(K); ++c) {
     uint best = 0u, rank = 0u;
     UNROLL for (int p = 0; p < PLACES; ++p) best = ranks[p] > 0u && keys[p] > best ? keys[p] : best;
@@ -26,51 +54,51 @@ FUNC void choose_exactly(Choice<K>& chosen, uint (&ranks)[PLACES], const uint (&
     }
     rank = lane_max(rank);
     UNROLL for (int p = 0; p < PLACES; ++p) ranks[p] = ranks[p] == rank ? 0u : ranks[p];
-    UNROLL for (int i = 0; i < K; ++i) chosen.index[i] = uint(i) == c ? rank : chosen.index[i];
-  }
-}
-
-// The same, as a rule with one maximum a place instead of two: a key's low bits make room for its
-// rank. Where that makes two of the best K + 1 equal, the whole keys decide.
-template <int E, int K, bool HIGHEST>
-FUNC Choice<K> choose_by_keys(const Spread<E>& values, const uint (&keys)[(E + 31) / 32],
-                              uint lane) {
-  constexpr int PLACES = (E + 31) / 32;
-  constexpr uint LOW = E < 128 ? 127u : E < 256 ? 255u : 2047u;
-  uint ranks[PLACES], packed[PLACES], found[K + 1];
-  UNROLL for (int p = 0; p < PLACES; ++p) {
-    uint i = lane + 32u * uint(p);
-    ranks[p] = i < uint(E) ? (HIGHEST ? i + 1u : uint(E) - i) : 0u;
-    packed[p] = i < uint(E) ? (keys[p] & ~LOW) | ranks[p] : 0u;
-  }
-  UNROLL for (int c = 0; c <= K; ++c) {
-    uint best = packed[0];
-    UNROLL for (int p = 1; p < PLACES; ++p) best = packed[p] > best ? packed[p] : best;
-    found[c] = lane_max(best);
-    UNROLL for (int p = 0; p < PLACES; ++p) packed[p] = packed[p] == found[c] ? 0u : packed[p];
-  }
-  Choice<K> chosen;
-  bool close = false;
-  UNROLL for (int c = 0; c < K; ++c) {
-    chosen.index[c] = found[c] & LOW;
-    close = close || (found[c] ^ found[c + 1]) <= LOW;
-  }
-  if (close) choose_exactly<E, K, PLACES>(chosen, ranks, keys);
-  UNROLL for (int c = 0; c < K; ++c) {
-    uint winner = HIGHEST ? chosen.index[c] - 1u : uint(E) - chosen.index[c];
-    float value = 0.0f;
-    UNROLL for (int p = 0; p < PLACES; ++p) {
-      value = lane + 32u * uint(p) == winner ? values.v[p] : value;
+    UNROLL for (int i = 0; i < K; ++i) {
+      chosen.index[i] = uint(i) == c ? of_rank<E, HIGHEST>(rank) : chosen.index[i];
     }
-    chosen.index[c] = winner;
-    chosen.value[c] = shuffle(value, winner % 32u);
   }
   return chosen;
 }
 
-// softmax in fp32, then the K best in ascending order; NORM divides by their sum.
-template <int E, int K, bool NORM>
-FUNC Choice<K> select_softmax(const Spread<E>& logits, uint lane) {
+// The K + 1 best keys with one maximum a place: their low bits make room for the ranks.
+template <int E, int K>
+struct Leaders {
+  static constexpr uint LOW = E < 128 ? 127u : E < 256 ? 255u : 2047u;
+  uint packed[K + 1];
+};
+
+template <int E, int K, bool HIGHEST>
+FUNC Leaders<E, K> find_leaders(const uint (&keys)[(E + 31) / 32], uint lane) {
+  constexpr int PLACES = (E + 31) / 32;
+  constexpr uint LOW = Leaders<E, K>::LOW;
+  Leaders<E, K> leaders;
+  uint packed[PLACES];
+  UNROLL for (int p = 0; p < PLACES; ++p) {
+    uint rank = rank_of<E, HIGHEST>(lane + 32u * uint(p));
+    packed[p] = rank > 0u ? (keys[p] & ~LOW) | rank : 0u;
+  }
+  UNROLL for (int c = 0; c <= K; ++c) {
+    uint best = packed[0];
+    UNROLL for (int p = 1; p < PLACES; ++p) best = packed[p] > best ? packed[p] : best;
+    best = lane_max(best);
+    UNROLL for (int p = 0; p < PLACES; ++p) packed[p] = packed[p] == best ? 0u : packed[p];
+    leaders.packed[c] = best;
+  }
+  return leaders;
+}
+
+template <int E, int K, bool HIGHEST>
+FUNC Experts<K> experts_of(const Leaders<E, K>& leaders) {
+  Experts<K> chosen;
+  UNROLL for (int c = 0; c < K; ++c) {
+    chosen.index[c] = of_rank<E, HIGHEST>(leaders.packed[c] & Leaders<E, K>::LOW);
+  }
+  return chosen;
+}
+
+template <int E>
+FUNC Spread<E> softmax_of(const Spread<E>& logits, uint lane) {
   constexpr int PLACES = (E + 31) / 32;
   Spread<E> scores;
   float top = -as_float(0x7f800000u), sum = 0.0f;
@@ -85,57 +113,127 @@ FUNC Choice<K> select_softmax(const Spread<E>& logits, uint lane) {
     sum = add_rn(sum, lane + 32u * uint(p) < uint(E) ? scores.v[p] : 0.0f);
   }
   float normalizer = div_rn(1.0f, lane_sum(sum));
-  uint keys[PLACES];  // not negative: their bits are in order, NaN on top
-  UNROLL for (int p = 0; p < PLACES; ++p) {
-    scores.v[p] = mul_rn(scores.v[p], normalizer);
-    keys[p] = as_uint(scores.v[p]) & 0x7fffffffu;
-  }
-  Choice<K> best = choose_by_keys<E, K, true>(scores, keys, lane), ascending;
-  sum = 0.0f;
+  UNROLL for (int p = 0; p < PLACES; ++p) scores.v[p] = mul_rn(scores.v[p], normalizer);
+  return scores;
+}
+
+// Whether logits, as their packed keys tell them, are so far apart that their scores have the same
+// order. A key has lost at most (LOW + 1) 2^-23 of its logit. A score is good to 2^-16 of itself
+// where its logit is no more than 64 below the best, so 2^-14 between two logits is enough.
+// False for NaN and for infinities.
+template <uint LOW>
+FUNC bool far_apart(float above, float below) {
+  float size = below < 0.0f ? -below : below;
+  float lost = fma_rn(size, float(LOW + 1u) * 0x1.1p-23f, 0x1p-14f);
+  return add_rn(above, -below) > lost;
+}
+FUNC float of_order_key(uint key) {
+  return as_float(key >= 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// The K highest scores in ascending order, of equal ones the higher index the later. The logits
+// decide; where two of the best K + 1 are close, the scores themselves.
+template <int E, int K>
+FUNC Experts<K> choose_softmax(const Spread<E>& logits, uint lane) {
+  constexpr int PLACES = (E + 31) / 32;
+  constexpr uint LOW = Leaders<E, K>::LOW;
+  uint keys[PLACES];
+  UNROLL for (int p = 0; p < PLACES; ++p) keys[p] = order_key<true>(logits.v[p]);
+  Leaders<E, K> leaders = find_leaders<E, K, true>(keys, lane);
+  float values[K + 1];
+  UNROLL for (int c = 0; c <= K; ++c) values[c] = of_order_key(leaders.packed[c] & ~LOW);
+  bool apart = add_rn(values[0], -values[K]) < 64.0f;
   UNROLL for (int c = 0; c < K; ++c) {
-    ascending.index[c] = best.index[K - 1 - c];
-    ascending.value[c] = best.value[K - 1 - c];
-    sum = add_rn(sum, ascending.value[c]);
+    apart = apart && far_apart<LOW>(values[c], values[c + 1]);
   }
-  if (NORM) {
-    UNROLL for (int c = 0; c < K; ++c) ascending.value[c] = div_rn(ascending.value[c], sum);
+  Experts<K> best = experts_of<E, K, true>(leaders), ascending;
+  if (!apart) {
+    Spread<E> scores = softmax_of<E>(logits, lane);  // not negative: their bits are in order
+    UNROLL for (int p = 0; p < PLACES; ++p) keys[p] = as_uint(scores.v[p]) & 0x7fffffffu;
+    best = choose_exactly<E, K, true>(keys, lane);
   }
+  UNROLL for (int c = 0; c < K; ++c) ascending.index[c] = best.index[K - 1 - c];
   return ascending;
 }
 
-// Chosen by the biased score, of equal ones the lowest index; weighted by the plain one.
+// The chosen ones' scores; NORM divides by their sum.
 template <int E, int K, bool NORM>
-FUNC Choice<K> select_sigmoid(const Spread<E>& logits, const Spread<E>& bias, float scaling,
-                              uint lane) {
-  constexpr int PLACES = (E + 31) / 32;
-  Spread<E> plain;
-  uint keys[PLACES];
-  UNROLL for (int p = 0; p < PLACES; ++p) {
-    uint i = lane + 32u * uint(p);
-    plain.v[p] = i < uint(E) ? sigmoid<float>(logits.v[p]) : 0.0f;
-    keys[p] = i < uint(E) ? order_key<false>(add_rn(plain.v[p], bias.v[p])) : 0u;
-  }
-  Choice<K> chosen = choose_by_keys<E, K, false>(plain, keys, lane);
+FUNC Floats<K> weigh_softmax(const Spread<E>& logits, const Experts<K>& chosen, uint lane) {
+  Spread<E> scores = softmax_of<E>(logits, lane);
+  Floats<K> weights;
   float sum = 0.0f;
-  UNROLL for (int c = 0; c < K; ++c) sum = add_rn(sum, chosen.value[c]);
-  sum = add_rn(sum, 1e-20f);
   UNROLL for (int c = 0; c < K; ++c) {
-    float w = NORM && K > 1 ? div_rn(chosen.value[c], sum) : chosen.value[c];
-    chosen.value[c] = mul_rn(w, scaling);
+    weights.v[c] = element_of<E>(scores, chosen.index[c]);
+    sum = add_rn(sum, weights.v[c]);
   }
-  return chosen;
+  if (NORM) {
+    UNROLL for (int c = 0; c < K; ++c) weights.v[c] = div_rn(weights.v[c], sum);
+  }
+  return weights;
 }
 
+template <int E>
+FUNC Spread<E> sigmoid_of(const Spread<E>& logits, uint lane) {
+  Spread<E> scores;
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) {
+    bool inside = lane + 32u * uint(p) < uint(E);
+    scores.v[p] = inside ? sigmoid<float>(logits.v[p]) : 0.0f;
+  }
+  return scores;
+}
+
+// Best first by the biased score, of equal ones the lowest index.
+template <int E, int K>
+FUNC Experts<K> choose_sigmoid(const Spread<E>& logits, const Spread<E>& bias, uint lane) {
+  constexpr int PLACES = (E + 31) / 32;
+  Spread<E> scores = sigmoid_of<E>(logits, lane);
+  uint keys[PLACES];
+  UNROLL for (int p = 0; p < PLACES; ++p) {
+    keys[p] = order_key<false>(add_rn(scores.v[p], bias.v[p]));
+  }
+  Leaders<E, K> leaders = find_leaders<E, K, false>(keys, lane);
+  bool close = false;
+  UNROLL for (int c = 0; c < K; ++c) {
+    close = close || (leaders.packed[c] ^ leaders.packed[c + 1]) <= Leaders<E, K>::LOW;
+  }
+  if (close) return choose_exactly<E, K, false>(keys, lane);
+  return experts_of<E, K, false>(leaders);
+}
+
+// Weighted by the score without its bias.
+template <int E, int K, bool NORM>
+FUNC Floats<K> weigh_sigmoid(const Spread<E>& logits, const Experts<K>& chosen, float scaling,
+                             uint lane) {
+  Spread<E> scores = sigmoid_of<E>(logits, lane);
+  Floats<K> weights;
+  float sum = 0.0f;
+  UNROLL for (int c = 0; c < K; ++c) {
+    weights.v[c] = element_of<E>(scores, chosen.index[c]);
+    sum = add_rn(sum, weights.v[c]);
+  }
+  sum = add_rn(sum, 1e-20f);
+  UNROLL for (int c = 0; c < K; ++c) {
+    float w = NORM && K > 1 ? div_rn(weights.v[c], sum) : weights.v[c];
+    weights.v[c] = mul_rn(w, scaling);
+  }
+  return weights;
+}
+
+template <int E, int K, bool SOFTMAX>
+FUNC Experts<K> choose_experts(const Spread<E>& logits, const Spread<E>& bias, uint lane) {
+  if (SOFTMAX) return choose_softmax<E, K>(logits, lane);
+  return choose_sigmoid<E, K>(logits, bias, lane);
+}
 template <int E, int K, bool NORM, bool SOFTMAX>
-FUNC Choice<K> select_experts(const Spread<E>& logits, const Spread<E>& bias, float scaling,
-                              uint lane) {
-  if (SOFTMAX) return select_softmax<E, K, NORM>(logits, lane);
-  return select_sigmoid<E, K, NORM>(logits, bias, scaling, lane);
+FUNC Floats<K> weigh_experts(const Spread<E>& logits, const Experts<K>& chosen, float scaling,
+                             uint lane) {
+  if (SOFTMAX) return weigh_softmax<E, K, NORM>(logits, chosen, lane);
+  return weigh_sigmoid<E, K, NORM>(logits, chosen, scaling, lane);
 }
 
 // Element i of K that every lane holds.
 template <int K>
-FUNC uint pick_index(const Choice<K>& chosen, uint i) {
+FUNC uint pick_index(const Experts<K>& chosen, uint i) {
   uint v = chosen.index[0];
   UNROLL for (int c = 1; c < K; ++c) v = i == uint(c) ? chosen.index[c] : v;
   return v;

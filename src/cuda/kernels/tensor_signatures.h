@@ -11,7 +11,7 @@
   IN(T, name##biases, size_t(matrices) * (n) * (k) / 64)
 
 #define GRID_PROJECT_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(TILES) INT(H) INT(STRIDE) INT(NQ) INT(NK) INT(NV) \
+  TYPE(T) INT(ROWS) INT(WARPS) INT(TILES) INT(H) INT(STRIDE) INT(NQ) INT(NK) INT(NV) \
   IN(float, x, ROWS * STRIDE) IN(T, norm_weight, H) IN(float, eps, 16) \
   GRID_IN(q_, 1, NQ, H) GRID_IN(k_, 1, NK ? NK : NQ, H) GRID_IN(v_, 1, NV ? NV : NQ, H) \
   OUT(float, out, ROWS * (NQ + NK + NV))
@@ -22,7 +22,7 @@
   OUT(float, out, ROWS * N)
 
 #define GRID_LINEAR_RESIDUAL_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(COLS) INT(N) \
+  TYPE(T) INT(ROWS) INT(WARPS) INT(COLS) INT(N) \
   IN(float, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(float, residual, rows * N) \
   OUT(float, out, rows * N)
 
@@ -42,12 +42,11 @@
   IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) IN(T, gate, E * H) \
   OUT(float, logits, ROWS * E)
 
-// bias and scaling: of the sigmoid router only. Without a shared expert gate and up stand in.
+// bias: of the sigmoid router only, as scaling below. Without a shared expert gate and up stand in.
 #define GRID_GATE_UP_SIGNATURE \
-  TYPE(T) INT(TILES) INT(DEPTH) INT(E) INT(K) INT(H) INT(I) BOOL(NORM) BOOL(SOFTMAX) \
-  BOOL(SHARED) \
+  TYPE(T) INT(TILES) INT(DEPTH) INT(E) INT(K) INT(H) INT(I) BOOL(SOFTMAX) BOOL(SHARED) \
   IN(float, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 16) \
-  IN(float, logits, rows * E) IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) \
+  IN(float, logits, rows * E) IN(float, bias, SOFTMAX ? 16 : E) \
   GRID_IN(gate_, E, I, H) GRID_IN(up_, E, I, H) \
   GRID_IN(shared_gate_, SHARED ? 1 : E, I, H) GRID_IN(shared_up_, SHARED ? 1 : E, I, H) \
   OUT(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I)
@@ -67,7 +66,7 @@
   OUT(float, hidden, ROWS * I)
 
 #define GRID_ATTENTION_OUT_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(HEADS) INT(D) INT(SPLITS) INT(N) \
+  TYPE(T) INT(ROWS) INT(WARPS) INT(HEADS) INT(D) INT(SPLITS) INT(N) \
   IN(float, partial, ROWS * HEADS * SPLITS * D) IN(float, stats, ROWS * HEADS * SPLITS * 2) \
   IN(uint, places, ROWS * 4) GRID_IN(, 1, N, HEADS * D) IN(float, residual, ROWS * N) \
   OUT(float, out, ROWS * N)
@@ -88,6 +87,7 @@
 
 #define CLUSTER_ATTENTION_MLA_SIGNATURE \
   TYPE(T) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) INT(KV_STRIDE) INT(KV_OFFSET) \
+  INT(BATCHES) BOOL(APART) \
   IN(float, q_latent, rows * HEADS * LORA) IN(float, q, rows * HEADS * (NOPE + ROPE)) \
   IN(float, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
   IN(float, rope, rows * ROPE) IN(uint, places, rows * 4) \
