@@ -11,7 +11,6 @@ namespace moefuse::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = 8;
-constexpr int kDepth = 4;  // pieces of a warp on their way, of weights that wait for the router
 // As in kernels/attend.h and kernels/stretches.h.
 constexpr int kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
@@ -33,8 +32,8 @@ int grid_bytes(int columns, int tiles) {
 int batch_bytes(int batches, int values) {
   return batches * kBatch * values * 2;
 }
-int latent_shared_bytes(int latent, int rope, int batches, bool apart) {
-  return batch_bytes(batches, latent + rope + 8) + (apart ? 16 * latent * 4 : 0);
+int latent_shared_bytes(int latent, int rope) {
+  return batch_bytes(2, latent + rope + 8);
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -76,7 +75,7 @@ struct Taker {
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
                 when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
-                when(latent_shared_bytes(s.latent_dim, s.rope_dim, 2, false) > kDynamicShared,
+                when(latent_shared_bytes(s.latent_dim, s.rope_dim) > kDynamicShared,
                      "more latent dimensions than shared memory holds")});
   }
   std::string operator()(const LatentAttention&) const { return ""; }
@@ -224,17 +223,15 @@ void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
   const int stride = projected.shape(-1), splits = std::min(splits_, kLatentSplits);
-  const int batches = 2;
-  const bool apart = false;
   auto out = outputs(
       "cluster_attention_mla",
       {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
        constant(s.scale), angles, places, cache.keys, cache.values},
       {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
-       stride - s.latent_dim - s.rope_dim, batches, apart},
+       stride - s.latent_dim - s.rope_dim},
       {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
       {mx::float32, mx::float32}, {metal::kCluster * splits, metal::blocks(s.heads, 8), rows},
-      kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim, batches, apart), 1);
+      kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim), 1);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;
@@ -294,11 +291,15 @@ void TensorWalk::run(const ExpertsGateUp& s) {
     append(inputs, *m);
   const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
   const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
+  // Pieces of a warp on their way, and blocks that a multiprocessor has registers for: of one tile
+  // for one row two do, and 64 registers a thread let the next kernel's blocks come beside these.
+  const bool light = rows == 1 && tiles == 1;
+  const int depth = light ? 2 : 4, blocks = light ? 4 : std::max(resident, 2);
   inner = output("grid_gate_up", inputs,
-                 {dtype, tiles, kDepth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
+                 {dtype, tiles, depth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
                   r.options.scoring == Scoring::softmax, shared},
                  {rows, slots, s.gate.rows}, {metal::blocks(tile_count, tiles), slots, rows},
-                 kThreads, std::max(resident, 2));
+                 kThreads, blocks);
 }
 
 void TensorWalk::run(const ExpertsDown& s) {

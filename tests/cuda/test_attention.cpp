@@ -296,12 +296,10 @@ struct GroupedRun : Rows<typename P::T> {
   }
 };
 
-template <typename Type, int Heads, int Rope, int Splits, int Batches = 2, bool Apart = false>
+template <typename Type, int Heads, int Rope, int Splits>
 struct Latent {
   using T = Type;
   static constexpr int HEADS = Heads, NOPE = 32, ROPE = Rope, LORA = 128, SPLITS = Splits;
-  static constexpr int BATCHES = Batches;
-  static constexpr bool APART = Apart;
   static constexpr int KV_OFFSET = 64, KV_STRIDE = KV_OFFSET + LORA + ROPE;
 };
 
@@ -414,8 +412,7 @@ template <typename Run>
 class Attending : public testing::Test {};
 using Runs = testing::Types<
     GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>, GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
-    LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>,
-    LatentRun<Latent<bfloat16_t, 4, 32, 1, 1>>, LatentRun<Latent<bfloat16_t, 4, 32, 2, 1, true>>>;
+    LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>>;
 TYPED_TEST_SUITE(Attending, Runs);
 
 TYPED_TEST(Attending, FewPositions) {

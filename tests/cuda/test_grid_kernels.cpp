@@ -45,8 +45,14 @@ struct Linear {
   using T = bfloat16_t;
   static constexpr int ROWS = 2, WARPS = 8, COLS = 320, N = 40;
 };
+// One piece to each of more warps than eight, the last one short of a slice.
+struct WideLinear {
+  using T = bfloat16_t;
+  static constexpr int ROWS = 2, WARPS = 10, COLS = 2368, N = 40;
+};
 constexpr size_t kRows = 2;
 
+template <typename Linear>
 struct LinearRun {
   Stack<T> m{1, Linear::N, Linear::COLS, 4, 64};
   Buffer<float> x{uniform_vector<float>(kRows * Linear::COLS, -2.0f, 2.0f)};
@@ -57,7 +63,7 @@ struct LinearRun {
       auto to = Buffer<float>::output(kRows * Linear::N);
       kernels::grid_linear_residual<Linear> kernel{x, m.weight, m.scales, m.biases, residual, to};
       check_sizes(kernel, {.rows = kRows, .capacity = 0, .batches = 0, .sequences = 1});
-      emulator::dispatch({3, 1, 1}, 256, order, [&] { kernel(); });
+      emulator::dispatch({3, 1, 1}, 32 * Linear::WARPS, order, [&] { kernel(); });
       return std::tuple(to);
     });
     return out;
@@ -77,13 +83,15 @@ struct LinearRun {
 };
 
 TEST(GridKernels, LinearResidualLiesInItsBound) {
-  LinearRun run;
+  LinearRun<Linear> run;
   EXPECT_EQ(run.outside(run.run()), 0u);
+  LinearRun<WideLinear> wide;
+  EXPECT_EQ(wide.outside(wide.run()), 0u);
 }
 
 // The bound is no wider than it must be: one step of one weight is seen, at the last place too.
 TEST(GridKernels, TheBoundSeesAChangedWeight) {
-  LinearRun run;
+  LinearRun<Linear> run;
   const auto out = run.run();
   auto words = run.m.weight.values();
   words.back() ^= 0x40000000u;
@@ -92,7 +100,7 @@ TEST(GridKernels, TheBoundSeesAChangedWeight) {
 }
 
 TEST(GridKernels, TheBoundSeesASign) {
-  LinearRun run;
+  LinearRun<Linear> run;
   const auto out = run.run();
   auto values = run.x.values();
   values.back() = -values.back() - 1.0f;
@@ -101,7 +109,7 @@ TEST(GridKernels, TheBoundSeesASign) {
 }
 
 TEST(GridKernels, NanReachesEveryResultOfItsRow) {
-  LinearRun run;
+  LinearRun<Linear> run;
   auto values = run.x.values();
   values[Linear::COLS + 7] = NAN;
   run.x = Buffer<float>(values);

@@ -29,7 +29,7 @@ struct Head : Common {
   static constexpr int N = 2048;
 };
 struct Qwen : Common {
-  static constexpr int DEPTH = 4, NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
+  static constexpr int DEPTH = 2, NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
 };
 struct QwenDown : Qwen {
   static constexpr int WARPS = 1;
@@ -38,7 +38,7 @@ struct QwenOut : Common {
   static constexpr int HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1;
 };
 struct Glm : Common {
-  static constexpr int DEPTH = 4, NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
+  static constexpr int DEPTH = 2, NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
   static constexpr bool SOFTMAX = false, SHARED = true;
 };
 struct GlmDown : Glm {
@@ -54,8 +54,7 @@ struct GlmUnembed : Common {
   static constexpr int HEADS = 4, LORA = 128, V = 64, SPLITS = 1;
 };
 struct GlmAttention : GlmUnembed {
-  static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128, BATCHES = 2;
-  static constexpr bool APART = false;
+  static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
 };
 struct GlmOut : Common {
   static constexpr int COLS = 256;
