@@ -13,9 +13,11 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "decode/read_bandwidth.h"
 #include "mlx/mlx.h"
 #include "moefuse/ops.h"
 #include "ops/stock.h"
@@ -27,24 +29,6 @@ using moefuse::Accumulate;
 
 constexpr int kExperts = 128, kTopK = 8, kHidden = 2048, kWidth = 768;
 constexpr int kGroupSize = 64, kBits = 4;
-
-// The best of several passes over 1 GiB, in bytes a second, with the ops' own threads.
-double read_bandwidth() {
-  std::vector<uint64_t> data((1u << 30) / 8, 1);
-  double best = 0;
-  for (int pass = 0; pass < 5; ++pass) {
-    const auto start = std::chrono::steady_clock::now();
-    moefuse::cpu::parallel_for(data.size(), [&](int64_t begin, int64_t end) {
-      uint64_t sum[8] = {};
-      for (int64_t i = begin; i + 8 <= end; i += 8)
-        for (int j = 0; j < 8; ++j) sum[j] += data[i + j];
-      benchmark::DoNotOptimize(sum);
-    });
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::max(best, data.size() * 8 / seconds.count());
-  }
-  return best;
-}
 
 double bandwidth = 0;
 std::map<std::string, double> stock_seconds;  // the latest stock time of each kind of call
@@ -73,6 +57,7 @@ struct Layer {
     auto w = mx::random::normal({kExperts, rows, cols}, dtype, 0, 0.02);
     auto q = mx::quantize(w, kGroupSize, kBits);
     mx::eval(q);
+    for (const mx::array& a : q) moefuse::use_huge_pages(a);  // as moefuse.patch() does
     return {q[0], q[1], q[2]};
   }
   double bytes() const {  // of the experts that one row reads
@@ -160,7 +145,9 @@ void add(const std::string& name, void (*f)(benchmark::State&, mx::Dtype, const 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   mx::set_default_device(mx::Device::cpu);
-  bandwidth = read_bandwidth();
+  // By a thread of its own: two OpenMP pools of every core, this thread's and MLX's, would each
+  // put theirs to sleep at every barrier.
+  std::thread([] { bandwidth = moefuse::read_bandwidth(int64_t{1} << 30); }).join();
   benchmark::AddCustomContext("read bandwidth", std::to_string(bandwidth / 1e9) + " GB/s");
   benchmark::AddCustomContext("threads", std::to_string(moefuse::cpu::num_threads()));
   benchmark::AddCustomContext("instruction set", moefuse::cpu_isa());

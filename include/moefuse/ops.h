@@ -119,6 +119,12 @@ mx::array gather_qmm_swiglu(const mx::array& x, const QuantizedExperts& gate,
 // graph stood in for it, keyed "op/stock: reason". Counted over the life of the process.
 std::map<std::string, int64_t> op_counters();
 
+// Asks the system to hold an evaluated array's buffer in huge pages, in place: the experts'
+// matrices lie far apart, and on a CPU a part of their reading is address translation. Where the
+// system cannot, and for an array that was never evaluated, nothing changes. The array has to be in
+// the host's memory: asking a GPU's for its data would move it.
+void use_huge_pages(const mx::array& a);
+
 // Name of the CPU instruction set in use, for example "avx512".
 std::string cpu_isa();
 

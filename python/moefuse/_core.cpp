@@ -201,5 +201,8 @@ NB_MODULE(_core, m) {
   bind_decoder(m);
   m.def("op_counters", &moefuse::op_counters,
         "How often each op was evaluated since the process began, keyed 'op/arithmetic'.");
+  m.def("use_huge_pages", &moefuse::use_huge_pages, "array"_a,
+        "Hold an evaluated array's buffer in huge pages where the system can (Linux); its values "
+        "stay. The array has to be in the host's memory.");
   m.def("cpu_isa", &moefuse::cpu_isa, "The CPU instruction set in use, for example 'avx512'.");
 }

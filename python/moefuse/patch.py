@@ -443,6 +443,14 @@ def _expected_dtype(block):
     return scales.dtype if scales is not None and scales.dtype in _FLOATS else None
 
 
+def _in_huge_pages(switch) -> None:
+    """The experts' matrices in huge pages where the system can: same arrays, read faster."""
+    for name in _PROJECTIONS:
+        for array in switch[name].values():
+            if isinstance(array, mx.array):
+                _core.use_huge_pages(array)
+
+
 def _attach_blocks(model, patch: _Patch) -> None:
     known, report = patch.family.block_class(), patch.report
     used: Counter[str] = Counter()
@@ -461,6 +469,10 @@ def _attach_blocks(model, patch: _Patch) -> None:
                 used[STEMS[part]] += 1
         if all(reasons.values()):
             continue
+        if mx.default_device() == mx.cpu and any(
+            reasons.get(part, "off") is None for part in ("experts", "swiglu", "prefill")
+        ):
+            _in_huge_pages(module["switch_mlp"])
         fused = fused or _subclass(known)
         module._moefuse = _Block(patch, known)
         module.__class__ = fused

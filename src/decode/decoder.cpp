@@ -4,7 +4,6 @@
 
 #include "cuda/cuda_step.h"
 #include "decode/cpu_step.h"
-#include "decode/huge_pages.h"
 #include "metal/metal_step.h"
 #include "ops/checks.h"
 
@@ -98,7 +97,8 @@ Decoder::Decoder(const Model& model, Accumulate accumulate) {
   check_geometry(model);
   impl_ = std::make_unique<Impl>(make_plan(model), accumulate);
   // Asking a GPU's array for its data would move it to the host.
-  if (impl_->executor) use_huge_pages(model);
+  if (impl_->executor)
+    for (const auto& [name, array] : model.weights) use_huge_pages(array);
 }
 Decoder::~Decoder() = default;
 Decoder::Decoder(Decoder&&) noexcept = default;

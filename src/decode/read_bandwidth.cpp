@@ -4,8 +4,8 @@
 #include <chrono>
 #include <memory>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
-#include "decode/huge_pages.h"
 #include "ops/checks.h"
 
 namespace moefuse {
@@ -14,7 +14,7 @@ double read_bandwidth(int64_t bytes) {
   if (bytes <= 0) fail("read_bandwidth", "bytes", "a positive number", std::to_string(bytes));
   constexpr int64_t kEnough = int64_t{1} << 30, kMost = 1000;
   const auto data = std::make_unique<char[]>(bytes);
-  use_huge_pages(data.get(), bytes);
+  cpu::use_huge_pages(data.get(), bytes);
   const cpu::Kernels& table = cpu::kernels();
   std::atomic<uint32_t> kept{0};
   double best = 0;

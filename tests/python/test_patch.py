@@ -275,3 +275,24 @@ def test_capabilities_are_plain_types():
     assert found["devices"]["cpu"]["fused"]
     gpu = found["devices"]["gpu"]
     assert gpu["fused"] or gpu["reason"]
+
+
+def test_huge_pages_change_no_value():
+    """A buffer of several huge pages, one smaller than a page, one that was never evaluated."""
+    large, small = mx.arange(1 << 21), mx.arange(5)
+    mx.eval(large, small)
+    for array in (large, small, mx.ones((3,)) + 1):
+        moefuse._core.use_huge_pages(array)
+    assert (large == mx.arange(1 << 21)).all().item()
+    assert small.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("part", ["router", "combine", "experts", "swiglu", "prefill"])
+def test_experts_go_to_huge_pages_where_a_kernel_reads_them(part, patched, monkeypatch):
+    asked = []
+    core = moefuse.patch.__globals__["_core"]
+    monkeypatch.setattr(core, "use_huge_pages", lambda array: asked.append(id(array)))
+    model = tiny(next(iter(FAMILIES)), mx.bfloat16)
+    patched(model, (part,))
+    stacks = {id(a) for b in blocks(model) for _, a in tree_flatten(b.switch_mlp.parameters())}
+    assert set(asked) == (set() if part in ("router", "combine") else stacks)

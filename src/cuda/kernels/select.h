@@ -28,6 +28,19 @@ FUNC float element_of(const Spread<E>& values, uint i) {
   return shuffle(value, i % 32u);
 }
 
+template <int E, int K>
+FUNC Floats<K> elements_of(const Spread<E>& values, const Experts<K>& chosen) {
+  Floats<K> elements;
+  UNROLL for (int c = 0; c < K; ++c) elements.v[c] = element_of<E>(values, chosen.index[c]);
+  return elements;
+}
+template <int K>
+FUNC float sum_of(const Floats<K>& values) {
+  float sum = values.v[0];
+  UNROLL for (int c = 1; c < K; ++c) sum = add_rn(sum, values.v[c]);
+  return sum;
+}
+
 // Of equal keys the highest index or the lowest has the higher rank; ranks begin at 1.
 template <int E, bool HIGHEST>
 FUNC uint rank_of(uint i) {
@@ -159,13 +172,8 @@ FUNC Experts<K> choose_softmax(const Spread<E>& logits, uint lane) {
 // The chosen ones' scores; NORM divides by their sum.
 template <int E, int K, bool NORM>
 FUNC Floats<K> weigh_softmax(const Spread<E>& logits, const Experts<K>& chosen, uint lane) {
-  Spread<E> scores = softmax_of<E>(logits, lane);
-  Floats<K> weights;
-  float sum = 0.0f;
-  UNROLL for (int c = 0; c < K; ++c) {
-    weights.v[c] = element_of<E>(scores, chosen.index[c]);
-    sum = add_rn(sum, weights.v[c]);
-  }
+  Floats<K> weights = elements_of<E, K>(softmax_of<E>(logits, lane), chosen);
+  float sum = sum_of<K>(weights);
   if (NORM) {
     UNROLL for (int c = 0; c < K; ++c) weights.v[c] = div_rn(weights.v[c], sum);
   }
@@ -204,14 +212,8 @@ FUNC Experts<K> choose_sigmoid(const Spread<E>& logits, const Spread<E>& bias, u
 template <int E, int K, bool NORM>
 FUNC Floats<K> weigh_sigmoid(const Spread<E>& logits, const Experts<K>& chosen, float scaling,
                              uint lane) {
-  Spread<E> scores = sigmoid_of<E>(logits, lane);
-  Floats<K> weights;
-  float sum = 0.0f;
-  UNROLL for (int c = 0; c < K; ++c) {
-    weights.v[c] = element_of<E>(scores, chosen.index[c]);
-    sum = add_rn(sum, weights.v[c]);
-  }
-  sum = add_rn(sum, 1e-20f);
+  Floats<K> weights = elements_of<E, K>(sigmoid_of<E>(logits, lane), chosen);
+  float sum = add_rn(sum_of<K>(weights), 1e-20f);
   UNROLL for (int c = 0; c < K; ++c) {
     float w = NORM && K > 1 ? div_rn(weights.v[c], sum) : weights.v[c];
     weights.v[c] = mul_rn(w, scaling);

@@ -1,10 +1,12 @@
-#include "decode/huge_pages.h"
+#include "cpu/huge_pages.h"
+
+#include <cstdint>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-namespace moefuse {
+namespace moefuse::cpu {
 
 void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
@@ -22,10 +24,4 @@ void use_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t b
 #endif
 }
 
-void use_huge_pages(const Model& model) {
-  for (const auto& [name, array] : model.weights)
-    if (array.is_available())  // what no stage reads was never evaluated, and has no buffer
-      use_huge_pages(array.data<char>(), array.nbytes());
-}
-
-}  // namespace moefuse
+}  // namespace moefuse::cpu
