@@ -13,7 +13,6 @@
 #include <cstring>
 #include <map>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -145,9 +144,7 @@ void add(const std::string& name, void (*f)(benchmark::State&, mx::Dtype, const 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   mx::set_default_device(mx::Device::cpu);
-  // By a thread of its own: two OpenMP pools of every core, this thread's and MLX's, would each
-  // put theirs to sleep at every barrier.
-  std::thread([] { bandwidth = moefuse::read_bandwidth(int64_t{1} << 30); }).join();
+  bandwidth = moefuse::read_bandwidth(int64_t{1} << 30);
   benchmark::AddCustomContext("read bandwidth", std::to_string(bandwidth / 1e9) + " GB/s");
   benchmark::AddCustomContext("threads", std::to_string(moefuse::cpu::num_threads()));
   benchmark::AddCustomContext("instruction set", moefuse::cpu_isa());
