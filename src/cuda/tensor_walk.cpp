@@ -142,6 +142,10 @@ TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
   activations = mx::float32;
 }
 
+int TensorWalk::beside(int warps) const {
+  return rows == 1 && warps == kWarps ? 2 : 1;
+}
+
 TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copies,
                                       bool many) const {
   constexpr int kRegisters = 65536 / kThreads;
@@ -173,7 +177,7 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
   return output("grid_project", inputs,
                 {dtype, rows, warps, tiles, a.cols, x.shape(-1), a.rows, nk, nv}, {rows, n},
                 {metal::blocks(n, 16 * tiles), 1, 1}, 32 * warps,
-                warps > kWarps ? 1 : std::max(resident, beside()));
+                warps > kWarps ? 1 : std::max(resident, beside(warps)));
 }
 
 mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
@@ -182,8 +186,7 @@ mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
   const int warps = warps_for(slices(m.cols), 20);
   return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
                 {dtype, together, warps, m.cols, m.rows}, {rows, m.rows},
-                {metal::blocks(m.rows, 16), rows / together, 1}, 32 * warps,
-                warps > kWarps ? 1 : beside());
+                {metal::blocks(m.rows, 16), rows / together, 1}, 32 * warps, beside(warps));
 }
 
 void TensorWalk::run(const GroupedProjection& s) {
@@ -252,10 +255,10 @@ void TensorWalk::run(const OutputProjection& s) {
     return;
   }
   const int warps = warps_for(slices(s.o.cols), 20);
-  hidden = output(
-      "grid_attention_out", {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
-      {dtype, rows, warps, grouped->heads, grouped->head_dim, splits_, s.o.rows}, {rows, s.o.rows},
-      {metal::blocks(s.o.rows, 16), 1, 1}, 32 * warps, warps > kWarps ? 1 : beside());
+  hidden = output("grid_attention_out",
+                  {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
+                  {dtype, rows, warps, grouped->heads, grouped->head_dim, splits_, s.o.rows},
+                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, 32 * warps, beside(warps));
 }
 
 void TensorWalk::run(const Router& s) {

@@ -51,8 +51,8 @@ class TensorWalk : public metal::Walk {
   // a block, which is faster where the weights come last.
   Tiling tiling(int tile_count, int slices, int copies = 1, bool many = false) const;
   // Blocks for which a multiprocessor has to have registers: two, so that the next kernel's come
-  // beside this one's, where not several rows need them all.
-  int beside() const { return rows == 1 ? 2 : 1; }
+  // beside this one's, where neither several rows nor more warps need them all.
+  int beside(int warps) const;
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
                     const Matrix* c);
   mx::array add_to_residual(const mx::array& x, const Matrix& m);
