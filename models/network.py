@@ -89,12 +89,40 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
-def rotate(x: torch.Tensor, theta: float, interleaved: bool) -> torch.Tensor:
-    """Rotary embedding of [batch, heads, length, dims], positions from 0."""
+class Past:
+    """One layer's keys and values of up to `length` positions, for text made a token at a time."""
+
+    def __init__(self, length: int, position: torch.Tensor):
+        self.length, self.position, self.kept = length, position, None
+
+    def append(self, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values [batch, heads, 1, dims] at `position`; returns all of them."""
+        if self.kept is None:
+            self.kept = [t.new_zeros(*t.shape[:2], self.length, t.shape[-1]) for t in new]
+        for kept, t in zip(self.kept, new, strict=True):
+            kept.index_copy_(2, self.position[None], t)
+        return self.kept
+
+    def mask(self) -> torch.Tensor:
+        return torch.arange(self.length, device=self.position.device)[None] <= self.position
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: Past | None) -> torch.Tensor:
+    """Causal attention, [batch, heads, length, dims] to [batch, length, heads * dims]."""
+    if past is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        y = F.scaled_dot_product_attention(q, *past.append(k, v), attn_mask=past.mask())
+    return y.transpose(1, 2).flatten(-2)
+
+
+def rotate(x: torch.Tensor, theta: float, interleaved: bool, past: Past | None) -> torch.Tensor:
+    """Rotary embedding of [batch, heads, length, dims], positions from 0 or at the past's."""
     length, dims = x.shape[-2:]
     with torch.autocast(x.device.type, enabled=False):
         freq = theta ** (-torch.arange(0, dims, 2, device=x.device).float() / dims)
-        angle = torch.arange(length, device=x.device).float()[:, None] * freq
+        first = 0 if past is None else past.position
+        angle = (first + torch.arange(length, device=x.device)).float()[:, None] * freq
         cos, sin = angle.cos(), angle.sin()
         x = x.float()
         if interleaved:
@@ -115,16 +143,15 @@ class QwenAttention(nn.Module):
         self.q_norm = RMSNorm(d, c["rms_norm_eps"])
         self.k_norm = RMSNorm(d, c["rms_norm_eps"])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: Past | None = None) -> torch.Tensor:
         d, theta = self.c["head_dim"], self.c["rope_theta"]
         q, k, v = (p(x).unflatten(-1, (-1, d)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q).transpose(1, 2), theta, False).to(v.dtype)
-        k = rotate(self.k_norm(k).transpose(1, 2), theta, False).to(v.dtype)
+        q = rotate(self.q_norm(q).transpose(1, 2), theta, False, past).to(v.dtype)
+        k = rotate(self.k_norm(k).transpose(1, 2), theta, False, past).to(v.dtype)
         v = v.transpose(1, 2)
         shared = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+        return self.o_proj(attend(q, k, v, past))
 
 
 class LatentAttention(nn.Module):
@@ -144,7 +171,7 @@ class LatentAttention(nn.Module):
         self.unembed_out = nn.Parameter(torch.randn(heads, v, c["kv_lora_rank"]) * std)
         self.o_proj = Linear(heads * v, h)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: Past | None = None) -> torch.Tensor:
         c = self.c
         nope, pe, theta = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["rope_theta"]
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -153,12 +180,11 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)[:, None]
         k = latent @ self.embed_q.to(latent.dtype)
         v = latent @ self.unembed_out.to(latent.dtype).transpose(-1, -2)
-        q_pe = rotate(q[..., nope:], theta, True).to(v.dtype)
-        k_pe = rotate(k_pe[:, None], theta, True).to(v.dtype).expand(-1, q.shape[1], -1, -1)
+        q_pe = rotate(q[..., nope:], theta, True, past).to(v.dtype)
+        k_pe = rotate(k_pe[:, None], theta, True, past).to(v.dtype).expand(-1, q.shape[1], -1, -1)
         q = torch.cat((q[..., :nope].to(v.dtype), q_pe), -1)
         k = torch.cat((k.to(v.dtype), k_pe), -1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+        return self.o_proj(attend(q, k, v, past))
 
 
 class MLP(nn.Module):
@@ -224,8 +250,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
-    def forward(self, x: torch.Tensor):
-        y = self.self_attn(self.input_layernorm(x))
+    def forward(self, x: torch.Tensor, past: Past | None = None):
+        y = self.self_attn(self.input_layernorm(x), past)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.post_attention_layernorm(x)
         y, aux, share = self.mlp(y) if self.sparse else (self.mlp(y), None, None)
@@ -250,19 +276,14 @@ class Network(nn.Module):
                     if "o_proj" in name or "down_proj" in name:
                         p.mul_((2 * len(self.layers)) ** -0.5)
 
-    def features(self, ids: torch.Tensor):
-        """What the head reads [batch, length, hidden], the aux loss and the shares."""
+    def forward(self, ids: torch.Tensor, pasts: list[Past] | None = None):
         x = F.embedding(ids, self.embed_tokens.weight)
         aux, shares = 0.0, []
-        for layer in self.layers:
-            x, layer_aux, share = layer(x)
+        for i, layer in enumerate(self.layers):
+            x, layer_aux, share = layer(x, pasts[i] if pasts else None)
             if share is not None:
                 aux, shares = aux + layer_aux, [*shares, share]
-        return self.norm(x), aux / len(shares), torch.stack(shares)
-
-    def forward(self, ids: torch.Tensor):
-        x, aux, shares = self.features(ids)
-        return self.lm_head(x), aux, shares
+        return self.lm_head(self.norm(x)), aux / len(shares), torch.stack(shares)
 
     def matrices(self) -> dict[int, list[nn.Parameter]]:
         """Bits -> the parameters that mlx_lm.convert stores in that many bits."""
@@ -302,20 +323,14 @@ class Network(nn.Module):
         }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes the tensors that `checkpoint` made."""
-        state = self.state_dict()
-        for name, p in state.items():
+        """Takes a checkpoint of mlx-lm's layout, dequantised."""
+        for name, p in self.state_dict().items():
             full = name if name.startswith("lm_head") else f"model.{name}"
             base, leaf = full.rsplit(".", 1)
             if leaf in ("gate_proj", "up_proj", "down_proj"):
-                each = [tensors[f"{base}.experts.{e}.{leaf}.weight"] for e in range(len(p))]
-                p.copy_(torch.stack(each))
+                full = f"{base}.switch_mlp.{leaf}.weight"
             elif leaf in ("embed_q", "unembed_out"):
-                nope = self.config["qk_nope_head_dim"]
-                both = tensors[f"{base}.kv_b_proj.weight"].unflatten(0, (len(p), -1))
-                q, v = both.split([nope, both.shape[1] - nope], 1)
-                p.copy_(q.transpose(1, 2) if leaf == "embed_q" else v)
+                full = f"{full}.weight"
             elif leaf == "correction_bias":
-                p.copy_(tensors[f"{base}.gate.e_score_correction_bias"])
-            else:
-                p.copy_(tensors[full])
+                full = f"{base}.gate.e_score_correction_bias"
+            p.copy_(tensors[full])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import moefuse
 import pytest
-from mlx_lm import load
+from mlx_lm import load, stream_generate
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"qwen3-moe-tiny": 8, "glm4-moe-lite-tiny": 4}
@@ -39,6 +40,20 @@ def test_checkpoint_predicts_held_out_text_better_than_xz(name):
     logits = model(ids[None, :-1]).astype(mx.float32)
     nats = nn.losses.cross_entropy(logits, ids[None, 1:], reduction="sum").item()
     assert nats / 0.6931471805599453 / len(text.encode()) < xz
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_mostly_goes_on_without_repeating_itself(name):
+    """models/unloop.py: 3 and 2 of 8 texts; 7 and 8 before it."""
+    model, tokenizer = load(str(ROOT / "models" / name))
+    moefuse.patch(model, step=True)
+    looped = []
+    for prompt in json.loads((ROOT / "models" / "prompts.json").read_text()):
+        made = stream_generate(model, tokenizer, prompt["text"], max_tokens=200)
+        ids = [response.token for response in made]
+        windows = [tuple(ids[i : i + 20]) for i in range(len(ids) - 19)]
+        looped += [prompt["name"]] if len(set(windows)) < len(windows) else []
+    assert len(looped) <= 4, looped
 
 
 @pytest.mark.parametrize("name", MODELS)
