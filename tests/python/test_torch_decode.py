@@ -1,4 +1,4 @@
-"""benchmarks/peers/torch_decode.py on a CPU: its decoder beside plain loops, its bytes and cells."""
+"""The PyTorch anchor on a CPU: its decoder beside plain loops, its bytes and cells."""
 
 import json
 from pathlib import Path
