@@ -1,14 +1,16 @@
-"""The passes of campaign.sh, in one process: MLX compiles its CUDA kernels anew in each.
+"""The passes of campaign.sh, in one process: MLX loads and compiles its kernels anew in each.
 
-What matters most comes first: the step beside the control on both models, then isolated kernels
-while time is left, then contexts and batches through mlx-lm.
-  python benchmarks/cuda/campaign.py WEIGHTS OUT SECONDS full|rehearse MODEL...
+What matters most comes first. `full`: the step beside the control on whole models, contexts and
+batches through mlx-lm, then isolated kernels while time is left. `isolated`: the same control and
+step on a few layers, then each kernel alone and their combinations, by importance; the first model
+leaves the second its share of the time and goes on behind it. `cells`: contexts and batches alone.
+  python benchmarks/cuda/campaign.py WEIGHTS OUT SECONDS full|isolated|cells --models MODEL...
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -18,33 +20,44 @@ from moefuse import cli
 
 STEP = "step:fp32_no_fma"
 EXTRAS = ("concat_gate_up", "experts:fp32_no_fma", "router", "combine:fp32_no_fma")
-# Seconds on an H200, from stock's 94 and 34 tok/s: one more variant; contexts and batches.
+ISOLATED = (
+    "concat_gate_up", "experts:fp32_no_fma", "router+experts:fp32_no_fma", "router",
+    "swiglu:fp32_no_fma", "combine:fp32_no_fma", "prefill", "step+prefill:fp32_no_fma",
+    "router+combine+concat_gate_up:fp32_no_fma",
+)  # fmt: skip
+# Seconds on an H200, from stock's 94 and 34 tok/s: one more variant; contexts and batches. With a
+# few layers one more variant costs both models about as much.
 ONE_MORE = {"qwen3-30b-a3b": 75, "glm-4.7-flash": 190}
 CELLS = {"qwen3-30b-a3b": 60, "glm-4.7-flash": 70}
+ONE_ISOLATED = 20
 FAMILY = {"qwen3-30b-a3b": "qwen", "glm-4.7-flash": "glm"}
-PLAN = """predicted on an H200: compilation 75 to 150 s, once; control, step and faults 130 s for
-Qwen, 250 s for GLM; then, while time is left, contexts and batches 60 and 70 s, each further
-variant 75 and 190 s. Stock's own rate is measured first and told."""
+PLAN = """predicted on an H200: compilation 75 to 150 s, once, if nothing was compiled ahead; of
+whole models control, step and faults 130 s for Qwen, 250 s for GLM; then, while time is left,
+contexts and batches 60 and 70 s, each further variant 75 and 190 s. Of four layers: control, step
+and faults 60 s, each further variant 15 s. Stock's own rate is measured first and told."""
 
 
 class Passes:
     """Runs the moefuse command in this process until the time is over or it was interrupted."""
 
-    def __init__(self, weights: Path, out: Path, seconds: float, mode: str):
-        self.weights, self.out, self.mode = weights, out, mode
-        self.end = time.monotonic() + seconds
+    def __init__(self, chosen: argparse.Namespace):
+        self.weights, self.out, self.rehearse = chosen.weights, chosen.out, chosen.rehearse
+        self.suffix = f"-{chosen.layers}-layers" if chosen.layers else ""
+        self.end = time.monotonic() + chosen.seconds
 
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def bench(self, name: str, need: float) -> int:
-        """One bench; no variant starts when fewer than `need` seconds are left."""
-        words = ["bench", str(self.weights / name), "--variants", ",".join((STEP, *EXTRAS))]
+    def folder(self, name: str) -> Path:
+        return self.weights / (name + self.suffix)
+
+    def bench(self, name: str, extras: tuple[str, ...], seconds: float) -> int:
+        """The control beside the step, then no variant that would start after `seconds`."""
+        words = ["bench", str(self.folder(name)), "--variants", ",".join((STEP, *extras))]
         words += ["--shared-control", "--resume", "--out", str(self.out)]
-        words += ["--minutes", f"{max(0.0, self.left - need) / 60:.3f}"]
-        small = ["--quick", "--short", "33x2", "--long", "34x1"]
-        words += small if self.mode == "rehearse" else []
+        words += ["--minutes", f"{max(0.0, seconds) / 60:.3f}"]
+        words += ["--quick", "--short", "33x2", "--long", "34x1"] if self.rehearse else []
         return self.run(words)
 
     def run(self, words: list[str]) -> int:
@@ -63,13 +76,13 @@ class Passes:
             raise SystemExit(130)
         return code
 
-    def cells(self, name: str) -> None:
+    def cells(self, name: str, contexts: str, batches: str) -> None:
         import mlx_lm_decode
 
-        small = self.mode == "rehearse"
         words = [FAMILY[name], "--json", str(self.out / f"mlx_lm_decode-{name}.json")]
-        words += ["--contexts", "32" if small else "1024,128,16384", "--batches", "1,4"]
-        words += ["--layers", "1", "--vocab", "512", "--tokens", "12"] if small else []
+        words += ["--contexts", "32" if self.rehearse else contexts, "--batches", batches]
+        words += ["--layers", "2", "--vocab", "512", "--tokens", "12"] if self.rehearse else []
+        print(f"[{self.left:.0f} s left] mlx_lm_decode {' '.join(words)}", flush=True)
         try:
             mlx_lm_decode.main(words)
         except Exception:
@@ -78,19 +91,51 @@ class Passes:
         mx.clear_cache()
 
 
-def main() -> None:
-    weights, out, seconds, mode, *wanted = sys.argv[1:]
-    passes = Passes(Path(weights), Path(out), float(seconds), mode)
-    print(PLAN, flush=True)
-    models = [name for name in wanted if (passes.weights / name).is_dir()]
-    for name in models:  # `need` above what is left: nothing but the control and the step
-        passes.bench(name, float("inf"))
+def full(passes: Passes, models: list[str]) -> None:
+    for name in models:
+        passes.bench(name, EXTRAS, 0.0)
     for name in models:
         if passes.left > CELLS[name]:
-            passes.cells(name)
+            passes.cells(name, "1024,128,16384", "1,4")
     for name in models:
         if passes.left > ONE_MORE[name] + 20:
-            passes.bench(name, ONE_MORE[name])
+            passes.bench(name, EXTRAS, passes.left - ONE_MORE[name])
+
+
+def isolated(passes: Passes, models: list[str]) -> None:
+    cut = []  # models whose time was over before their last variant: --resume goes on with them
+    for number, name in enumerate(models):
+        begin, seconds = passes.left, passes.left / (len(models) - number) - ONE_ISOLATED
+        passes.bench(name, ISOLATED, seconds)
+        if begin - passes.left > seconds:
+            cut.append(name)
+    for name in cut:
+        if passes.left > ONE_ISOLATED:
+            passes.bench(name, ISOLATED, passes.left - ONE_ISOLATED)
+
+
+def cells(passes: Passes, models: list[str]) -> None:
+    for name in models:
+        passes.cells(name, "1024,32768,8192,128,16384", "1,4,2")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("mode", choices=["full", "isolated", "cells"])
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--layers", type=int, help="of the checkpoints, in their folders' names")
+    parser.add_argument("--models", nargs="+", choices=FAMILY, default=list(FAMILY))
+    chosen = parser.parse_args(words)
+    passes = Passes(chosen)
+    print(PLAN, flush=True)
+    if chosen.mode == "cells":
+        cells(passes, chosen.models)
+        return
+    models = [name for name in chosen.models if passes.folder(name).is_dir()]
+    {"full": full, "isolated": isolated}[chosen.mode](passes, models)
 
 
 if __name__ == "__main__":

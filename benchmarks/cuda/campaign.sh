@@ -2,21 +2,34 @@
 # The lab's campaigns on one NVIDIA GPU (30 GB of its memory; disk or RAM for 18 GB a model):
 # synthetic checkpoints of full geometry, then campaign.py's passes, packed into
 # OUT/evidence.tar.gz every 20 seconds, so that a stop at any moment leaves what was finished.
-#   benchmarks/cuda/campaign.sh OUT [SECONDS] [rehearse]
-# SECONDS (default 900): everything ends within them. `rehearse`: the small trained models in the
-# checkpoints' place, quick, on any device.
+#   benchmarks/cuda/campaign.sh OUT [SECONDS] [full|isolated|cells] [rehearse]
+# SECONDS (default 900): everything ends within them.
+# full (default): whole models, the step beside the control, then contexts and batches.
+# isolated: a few layers of each, so that stock is fast: every kernel alone and their combinations.
+# cells: contexts and batches alone, through mlx-lm, without checkpoints.
+# rehearse: the small trained models in the checkpoints' place, quick, on any device.
 # Environment: PYTHON (default .venv/bin/python), MOEFUSE_GIT_COMMIT where there is no git,
-# CAMPAIGN_MODELS (default "qwen3-30b-a3b glm-4.7-flash"),
+# CAMPAIGN_MODELS (default "qwen3-30b-a3b glm-4.7-flash"), CAMPAIGN_LAYERS (of isolated, default 4),
 # CAMPAIGN_WEIGHTS (a folder that is kept, so that a second call goes on where the first was stopped;
-# default: a folder of its own, gone at the end).
-set -u # shellcheck disable=SC2086
+# default: a folder of its own, gone at the end), CAMPAIGN_KERNELS (OUT/kernels.tar.gz of an earlier
+# run on such a GPU with the same MLX: saves what MLX compiles).
+# shellcheck disable=SC2086
+set -u
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 limit=${2:-900}
-mode=${3:-full}
+mode=full rehearse=
+for word in "${@:3}"; do
+  case $word in
+    full | isolated | cells) mode=$word ;;
+    rehearse) rehearse=--rehearse ;;
+    *) echo "campaign: expected full, isolated, cells or rehearse, got $word" && exit 2 ;;
+  esac
+done
 cd "$(dirname "$0")/../.." || exit 2
 begin=$(date +%s)
 left() { echo $((limit - $(date +%s) + begin)); }
-say() { echo "[$(($(date +%s) - begin)) s] $*"; }
+say() { echo "$*"; }
+stamped() { while IFS= read -r line; do echo "$(($(date +%s) - begin)) s  $line"; done; }
 
 PYTHON=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -26,10 +39,12 @@ export MOEFUSE_GIT_COMMIT=${MOEFUSE_GIT_COMMIT:-$(git rev-parse --short=12 HEAD 
 weights=${CAMPAIGN_WEIGHTS:-$(mktemp -d "${TMPDIR:-/tmp}/moefuse.XXXXXX")}
 mkdir -p "$weights"
 # Two checkpoints are 34 GB: a RAM disk gives them back fastest, where one may be had.
-if [ "$mode" = full ] && [ -z "$(ls -A "$weights")" ]; then
+if [ -z "$rehearse" ] && [ "$mode" != cells ] && [ -z "$(ls -A "$weights")" ]; then
   mount -t tmpfs -o size=40g moefuse "$weights" 2>/dev/null
 fi
 models=${CAMPAIGN_MODELS:-qwen3-30b-a3b glm-4.7-flash}
+layers=
+[ "$mode" = isolated ] && layers=${CAMPAIGN_LAYERS:-4}
 evidence=$weights/evidence
 mkdir -p "$evidence"
 
@@ -44,12 +59,13 @@ finish() {
   "$PYTHON" -m moefuse.cli report --out "$evidence" --stopped --html "$evidence/report.html" ||
     say "report failed"
   pack
+  [ -n "$rehearse" ] || "$PYTHON" benchmarks/cuda/compile_ahead.py --save "$out/kernels.tar.gz"
   say "packed: $out/evidence.tar.gz"
   [ -n "${CAMPAIGN_WEIGHTS:-}" ] && return
   umount -l "$weights" 2>/dev/null
   rm -rf "$weights"
 }
-exec > >(tee -a "$evidence/campaign.log") 2>&1
+exec > >(stamped | tee -a "$evidence/campaign.log") 2>&1
 trap finish EXIT
 trap 'exit 130' INT TERM
 
@@ -79,23 +95,30 @@ prompts = [p for p in json.load(open("models/prompts.json")) if p["name"] in kep
 json.dump(prompts, open(sys.argv[1], "w"))
 PY
 
+# "$model" or "$model-4-layers", as rows and ranking name it.
+folder() { echo "$weights/$1${layers:+-$layers-layers}"; }
 checkpoint() {
-  [ -e "$weights/$1/config.json" ] && return
-  if [ "$mode" = rehearse ]; then
+  [ -e "$(folder "$1")/config.json" ] && return
+  if [ -n "$rehearse" ]; then
     case $1 in qwen*) small=qwen3-moe-tiny ;; *) small=glm4-moe-lite-tiny ;; esac
-    cp -r "models/$small" "$weights/$1"
+    cp -r "models/$small" "$(folder "$1")"
   else
-    "$PYTHON" -m moefuse.cli synth --like "$1" --out "$weights/$1"
+    "$PYTHON" -m moefuse.cli synth --like "$1" ${layers:+--layers "$layers"} --out "$(folder "$1")"
   fi
 }
+"$PYTHON" benchmarks/cuda/compile_ahead.py ${CAMPAIGN_KERNELS:+--load "$CAMPAIGN_KERNELS"} &
+compiler=$!
 writers=
 for model in $models; do
+  [ "$mode" = cells ] && break
   checkpoint "$model" &
   writers="$writers $!"
 done
 for writer in $writers; do wait "$writer" || say "a checkpoint is missing"; done
 say "checkpoints written"
+wait "$compiler" || say "nothing was compiled ahead"
 
 timeout -s INT -k 20 "$(($(left) - 15))" "$PYTHON" benchmarks/cuda/campaign.py \
-  "$weights" "$evidence" "$(($(left) - 25))" "$mode" $models
+  "$weights" "$evidence" "$(($(left) - 25))" "$mode" $rehearse ${layers:+--layers "$layers"} \
+  --models $models
 say "campaign.py ended with $?"

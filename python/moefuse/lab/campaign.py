@@ -418,7 +418,7 @@ class Campaign:
         else:
             sides, done, _ = self.run_pairs(STOCK)
         verdict = self.judge(nullcontext, self._worst(sides["B"]))
-
+        self.say(f"stock judged: {verdict.verdict}")
         itself = self.itself()
 
         def noise(found: tuple) -> list[float]:
@@ -439,26 +439,31 @@ class Campaign:
         decision = ("control", f"stock against stock; {told}")
         return self._store(STOCK, sides, done, verdict, decision)
 
+    def _plant(self, name: str, variant: Variant = STOCK) -> fidelity.Fidelity:
+        found = self.check_fault(name, variant)
+        self.say(f"planted {name} under {variant.name}: {found.verdict}")
+        return found
+
     def _plant_all(self, beside: Variant | None) -> dict:
         """What the gate says of every fault and of none; under `beside`, of those in the weights.
 
         Where stock does not agree with itself the gate may fail stock without any fault; a fault
         under a variant that passes without it is then the only one whose catch means something.
         """
-        planted = {name: self.check_fault(name) for name in faults.FAULTS}
+        planted = {name: self._plant(name) for name in faults.FAULTS}
         found = {
             "faults": {name: f.verdict for name, f in planted.items()},
             "fault_errors": _fault_errors(planted),
-            "undamaged": {STOCK.name: self.check_fault(faults.NONE).verdict},
+            "undamaged": {STOCK.name: self._plant(faults.NONE).verdict},
         }
         if beside:
             found["beside"] = beside.name
             measured = self.beside[beside]
             if not isinstance(measured, Exception) and measured[2] is None:
-                planted = {name: self.check_fault(name, beside) for name in faults.IN_WEIGHTS}
+                planted = {name: self._plant(name, beside) for name in faults.IN_WEIGHTS}
                 found["faults_beside"] = {name: f.verdict for name, f in planted.items()}
                 found["fault_errors_beside"] = _fault_errors(planted)
-                found["undamaged"][beside.name] = self.check_fault(faults.NONE, beside).verdict
+                found["undamaged"][beside.name] = self._plant(faults.NONE, beside).verdict
         return found
 
     def adopt_control(self, stored: dict) -> None:
@@ -492,6 +497,7 @@ class Campaign:
         if decision[1].startswith("fidelity") and not itself.repeats:
             parted = f"{itself.matched}/{itself.total} of its own tokens"
             decision = (decision[0], f"{decision[1]}; stock repeats {parted}")
+        self.say(f"{variant.name} judged: {verdict.verdict}, {decision[0]}")
         return self._store(variant, sides, done, verdict, decision)
 
     def _gains(self, sides: dict[str, Side], done: list[Slot]) -> dict:
