@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 
 import mlx.core as mx
@@ -18,17 +17,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _threads() -> int:
-    """Threads of the CPU kernels, by the rules of OpenMP and of MOEFUSE_NUM_THREADS."""
-    for name in ("MOEFUSE_NUM_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "").split(",")[0].strip()
-        if text.isdigit() and int(text) > 0:
-            return int(text)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _devices() -> dict[str, dict]:
@@ -51,7 +39,7 @@ def capabilities() -> dict:
     """
     return {
         "isa": _core.cpu_isa(),
-        "threads": _threads(),
+        "threads": _core.cpu_threads(),
         "versions": {name: _version(name.replace("_", "-")) for name in ("mlx", "mlx_lm")}
         | {"moefuse": _version("moefuse")},
         "devices": _devices(),

@@ -1,17 +1,13 @@
 // Picks the kernel table once, by what the processor has.
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "cpu/kernels.h"
+#include "cpu/pool.h"
 #include "cpu/tables.h"
 #include "cpu/tiles.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef MOEFUSE_HAS_TILES
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -87,11 +83,7 @@ int num_threads() {
             std::string("[moefuse] MOEFUSE_NUM_THREADS: expected 1 to 1024, got ") + text);
       return static_cast<int>(n);
     }
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-#endif
+    return processors();
   }();
   return threads;
 }

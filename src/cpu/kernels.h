@@ -113,7 +113,7 @@ struct Kernels {
 // (plain, avx2, avx512, neon). Throws std::invalid_argument on a name that is not available.
 const Kernels& kernels();
 
-// Threads used by the ops: MOEFUSE_NUM_THREADS, else OpenMP's own choice, else one a core.
+// Threads used by the ops: MOEFUSE_NUM_THREADS, else one for each processor of the process.
 int num_threads();
 
 // Throws what the two above would: called before there are threads or a stream to throw in.

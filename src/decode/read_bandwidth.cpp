@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <future>
 #include <memory>
 
 #include "cpu/huge_pages.h"
@@ -35,9 +34,7 @@ double measure(int64_t bytes) {
 
 double read_bandwidth(int64_t bytes) {
   if (bytes <= 0) fail("read_bandwidth", "bytes", "a positive number", std::to_string(bytes));
-  // By a thread that ends: OpenMP keeps a pool for each thread that ever asked for one, and where
-  // the caller's and MLX's are more than there are cores, both sleep at every barrier.
-  return std::async(std::launch::async, measure, bytes).get();
+  return measure(bytes);
 }
 
 }  // namespace moefuse

@@ -7,9 +7,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/pool.h"
 
 namespace moefuse {
 
@@ -61,9 +59,7 @@ class Team {
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
       if (spins > kSpins) std::this_thread::yield();
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
+      cpu::relax();
     }
   }
 
