@@ -13,7 +13,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from operator import is_
 
 import mlx.core as mx
@@ -143,16 +143,19 @@ def _filled(cache) -> int:
     return cache._idx if hasattr(cache, "_idx") else cache.offset
 
 
-def _make_room(cache, rows: int, shape: tuple[int, int, int], dtype) -> None:
-    """Arrays that nobody else shares, with a free slot."""
-    filled, (heads, *dims) = _filled(cache), shape
-    for name, dim in zip(("keys", "values"), dims, strict=True):
+def _make_room(caches, rows: int, shape: tuple[int, int, int], dtype) -> None:
+    """Arrays that nobody else shares, all of one length, with a free slot."""
+    filled, (heads, *dims) = _filled(caches[0]), shape
+    held = [a for c in caches for a in (c.keys, c.values) if a is not None]
+    length = max((a.shape[2] for a in held), default=0)
+    del held  # writable() asks whether anybody else has them
+    if length <= filled:
+        length = filled // GROWTH * GROWTH + max(GROWTH, filled // 8 // GROWTH * GROWTH)
+    for cache, (name, dim) in product(caches, zip(("keys", "values"), dims, strict=True)):
         array = getattr(cache, name)
-        if array is not None and array.shape[2] > filled and _core.writable(array):
+        if array is not None and array.shape[2] == length and _core.writable(array):
             continue
-        more = max(GROWTH, filled // 8 // GROWTH * GROWTH)
-        room = filled // GROWTH * GROWTH + more - filled
-        empty = mx.zeros((rows, heads, room, dim), dtype)
+        empty = mx.zeros((rows, heads, length - filled, dim), dtype)
         old = [] if array is None else [array[..., :filled, :]]
         del array
         grown = mx.concatenate([*old, empty], axis=2)
@@ -190,8 +193,7 @@ def _call(model, inputs, cache=None, **extra):
     decoder = step._decoder  # refusal() has just looked
     tokens = inputs.reshape(-1)
     rows = _rows([0] * tokens.size, cache[0])
-    for c in cache:
-        _make_room(c, len(rows), decoder.cache_shape, decoder.dtype)
+    _make_room(cache, len(rows), decoder.cache_shape, decoder.dtype)
     logits = decoder.step(rows, [c.keys for c in cache], [c.values for c in cache], tokens)
     _advance(cache, rows)
     step.calls["step"] += 1

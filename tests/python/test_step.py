@@ -328,6 +328,24 @@ def test_copies_of_a_cache_do_not_see_each_others_tokens(stepping):
     assert (bits(kept) == before).all()
 
 
+def test_one_shared_array_of_a_long_cache_is_replaced_by_one_as_long(stepping):
+    model = tiny("qwen")
+    cache = make_prompt_cache(model)
+    model(prompt(5), cache=cache)
+    longer = [(0, 0), (0, 0), (0, 900 - cache[0].keys.shape[2]), (0, 0)]
+    for c in cache:
+        c.keys, c.values = mx.pad(c.keys, longer), mx.pad(c.values, longer)
+        mx.eval(c.keys, c.values)
+    same = copy.deepcopy(cache)
+    want = model(mx.array([[1]]), cache=same)
+    stepping(model)
+    kept = mx.array(cache[-1].values)
+    mx.eval(kept)
+    assert same_bits(model(mx.array([[1]]), cache=cache), want)
+    assert {a.shape[2] for c in cache for a in (c.keys, c.values)} == {900}
+    assert not (bits(kept) == bits(cache[-1].values)).all()  # the token went elsewhere
+
+
 def test_rotating_and_quantised_caches_and_prompts_fall_back(stepping):
     model = tiny("qwen")
     report = stepping(model)
