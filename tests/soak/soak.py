@@ -299,7 +299,7 @@ class Soak:
 
 def expected(model: Path, log: Path) -> dict[Case, Answer]:
     """Stock's answers, one request at a time."""
-    with serve("mlx_lm", model, log, OMP_NUM_THREADS="1") as stock:
+    with serve("mlx_lm", model, log) as stock:
         return {case: ask(stock, case) for case in (*good_cases(), *bad_cases())}
 
 
@@ -307,7 +307,7 @@ def soak(model: Path, variants: str, seconds: float, clients: int, folder: Path)
     """Everything that was seen, ready for JSON; `wrong` is empty if all was well."""
     want = expected(model, folder / "stock.log")
     log = folder / "patched.log"
-    env = {"MOEFUSE_VARIANTS": variants, "MOEFUSE_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    env = {"MOEFUSE_VARIANTS": variants, "MOEFUSE_NUM_THREADS": "1"}
     with serve("moefuse.mlx_lm", model, log, **env) as server:
         start = time.monotonic()
         run = Soak(server, want, Speller(model), start + seconds)
