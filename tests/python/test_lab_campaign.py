@@ -115,6 +115,17 @@ def test_ranking_regenerates_and_no_link_dangles(done):
     assert "(quick: a first look)" in text
 
 
+def test_ranking_puts_an_earlier_checkpoint_of_a_name_last():
+    row = {"quick": False, "hardware": "cpu", "variant": "step", "decode_speedup": 2.0}
+    old = {**row, "model_id": "a", "model_digest": "sha256:1", "timestamp": "2026-01-01T00:00:00Z"}
+    new = {**old, "model_digest": "sha256:2", "timestamp": "2026-01-02T00:00:00Z"}
+    other = {**old, "model_id": "b"}
+    found = ranking.groups([old, new, other])
+    assert [rows for _, rows in found] == [[new], [other], [old]]
+    titles = [ranking.title(key) for key, _ in found]
+    assert titles == ["a on cpu", "b on cpu", "a on cpu (an earlier checkpoint)"]
+
+
 def test_ranking_tells_a_row_that_is_not_its_capsule(done, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "out")
     path = out / ledger.NAME

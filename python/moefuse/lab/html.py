@@ -185,9 +185,14 @@ def _reasons(rows: Sequence[dict]) -> str:
 def render(rows: Sequence[dict], apart: Mapping[tuple[str, str], list[dict]] | None = None) -> str:
     """The whole page from `ranking.load`'s rows and `rates.load`'s cells."""
     parts, left = ["<h1>moefuse ranking</h1>"], dict(apart or {})
-    for (quick, hardware, model, _), found in ranking.groups(rows):
-        title = f"{model} on {hardware}" + (" (quick: a first look)" if quick else "")
-        parts += [f"<h2>{escape(title)}</h2>", plot(found), _table(found), plot_ceiling(found)]
+    for key, found in ranking.groups(rows):
+        _, _, hardware, model, _ = key
+        parts += [
+            f"<h2>{escape(ranking.title(key))}</h2>",
+            plot(found),
+            _table(found),
+            plot_ceiling(found),
+        ]
         parts += [_grid_table(found), plot_grid(found), _reasons(found)]
         if cells := left.pop((hardware, model), None):
             parts.append(_rates_section(cells))

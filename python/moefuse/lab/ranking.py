@@ -34,14 +34,30 @@ def load(out: Path) -> tuple[list[dict], list[str]]:
     return newest, complaints
 
 
-def _place(row: dict) -> tuple:
-    return (bool(row["quick"]), row["hardware"], row["model_id"], row["model_digest"])
+def _model(row: dict) -> tuple:
+    return (bool(row["quick"]), row["hardware"], row["model_id"])
 
 
 def groups(rows: Sequence[dict]) -> list[tuple[tuple, list[dict]]]:
-    """Rows by (quick, hardware, model), best decode ratio first; full before quick."""
-    ordered = sorted(rows, key=lambda r: (_place(r), -r["decode_speedup"], r["variant"]))
-    return [(key, list(found)) for key, found in groupby(ordered, key=_place)]
+    """Rows by (earlier, quick, hardware, model, digest), best decode ratio first.
+
+    Full runs before quick ones; earlier: another checkpoint of that name has newer rows, so last.
+    """
+    newest = {_model(r): r["model_digest"] for r in sorted(rows, key=lambda r: r["timestamp"])}
+
+    def place(row: dict) -> tuple:
+        digest = row["model_digest"]
+        return (digest != newest[_model(row)], *_model(row), digest)
+
+    ordered = sorted(rows, key=lambda r: (place(r), -r["decode_speedup"], r["variant"]))
+    return [(key, list(found)) for key, found in groupby(ordered, key=place)]
+
+
+def title(key: tuple) -> str:
+    """The heading of a group."""
+    earlier, quick, hardware, model, _ = key
+    notes = ["an earlier checkpoint"] * earlier + ["quick: a first look"] * quick
+    return f"{model} on {hardware}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def cells(rank: str, row: dict) -> tuple[str, ...]:
@@ -94,11 +110,10 @@ def _best_line(rows: Sequence[dict]) -> str:
 
 
 def _section(key: tuple, rows: Sequence[dict]) -> list[str]:
-    quick, hardware, model, digest = key
-    first = rows[0]["found"]
+    first, digest = rows[0]["found"], key[-1]
     shape = ", ".join(f"{k} {v}" for k, v in first["model"]["geometry"].items())
     lines = [
-        f"\n## {model} on {hardware}{' (quick: a first look)' if quick else ''}\n",
+        f"\n## {title(key)}\n",
         f"{first['model']['kind']} checkpoint `{digest[:19]}`; {shape}.\n",
     ]
     for row in rows:
