@@ -33,8 +33,10 @@ def line(row: dict) -> str:
 
 
 def table(rows: list[dict], quick: bool) -> str:
-    """Every measured variant, the models in turn and the fastest first; stock itself left out."""
-    wanted = [r for r in rows if bool(r["quick"]) is quick and r["decision"] != "control"]
+    """Every measured variant, the models in turn and the fastest first; stock itself and the
+    rows of checkpoints that another of their name has replaced are left out."""
+    current = [r for (earlier, *_), found in ranking.groups(rows) if not earlier for r in found]
+    wanted = [r for r in current if bool(r["quick"]) is quick and r["decision"] != "control"]
     wanted.sort(key=lambda r: (r["hardware"], r["model_id"], -r["decode_speedup"]))
     return HEAD + "".join(map(line, wanted))
 
