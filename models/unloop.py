@@ -44,20 +44,19 @@ def grams(ids: torch.Tensor, n: int) -> torch.Tensor:
     return torch.where(early < n, -1 - early, hashes)
 
 
+def recurs(hashes: torch.Tensor) -> torch.Tensor:
+    """[batch, length, length] true at [row, t, s] where s comes before t and has the same hash."""
+    return (hashes[:, :, None] == hashes[:, None]).tril(-1)
+
+
 def repeated(ids: torch.Tensor, n: int) -> torch.Tensor:
     """[batch, length] true where the n tokens that end there stood earlier in the row."""
-    hashes = grams(F.pad(ids, (0, 1)), n)[:, 1:]
-    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(-1)
-    return ((hashes[:, :, None] == hashes[:, None]) & earlier).any(-1)
+    return recurs(grams(F.pad(ids, (0, 1)), n)[:, 1:]).any(-1)
 
 
 def banned(ids: torch.Tensor, n: int, vocabulary: int) -> torch.Tensor:
     """[batch, length, vocabulary] true for tokens that would end an n-gram a second time."""
-    hashes = grams(ids, n - 1)
-    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(-1)
-    row, at, before = torch.nonzero(
-        (hashes[:, :, None] == hashes[:, None]) & earlier, as_tuple=True
-    )
+    row, at, before = torch.nonzero(recurs(grams(ids, n - 1)), as_tuple=True)
     found = torch.zeros(*ids.shape, vocabulary, dtype=torch.bool, device=ids.device)
     found[row, at, ids[row, before]] = True
     return found

@@ -28,7 +28,6 @@ done
 cd "$(dirname "$0")/../.." || exit 2
 begin=$(date +%s)
 left() { echo $((limit - $(date +%s) + begin)); }
-say() { echo "$*"; }
 stamped() { while IFS= read -r line; do echo "$(($(date +%s) - begin)) s  $line"; done; }
 
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -57,10 +56,10 @@ finish() {
   [ -n "${packer:-}" ] && kill "$packer" 2>/dev/null
   pack # before anything that takes time
   "$PYTHON" -m moefuse.cli report --out "$evidence" --stopped --html "$evidence/report.html" ||
-    say "report failed"
+    echo "report failed"
   pack
   [ -n "$rehearse" ] || "$PYTHON" benchmarks/cuda/compile_ahead.py --save "$out/kernels.tar.gz"
-  say "packed: $out/evidence.tar.gz"
+  echo "packed: $out/evidence.tar.gz"
   [ -n "${CAMPAIGN_WEIGHTS:-}" ] && return
   umount -l "$weights" 2>/dev/null
   rm -rf "$weights"
@@ -82,7 +81,7 @@ from moefuse.lab import environment
 
 print(environment.device_name(), environment.gpu(), "commit", environment.commit(environment.Path()))
 PY
-say "weights in $weights: $(df -h --output=avail "$weights" | tail -1) free"
+echo "weights in $weights: $(df -h --output=avail "$weights" | tail -1) free"
 (while sleep 20; do pack; done) &
 packer=$!
 
@@ -114,11 +113,11 @@ for model in $models; do
   checkpoint "$model" &
   writers="$writers $!"
 done
-for writer in $writers; do wait "$writer" || say "a checkpoint is missing"; done
-say "checkpoints written"
-wait "$compiler" || say "nothing was compiled ahead"
+for writer in $writers; do wait "$writer" || echo "a checkpoint is missing"; done
+echo "checkpoints written"
+wait "$compiler" || echo "nothing was compiled ahead"
 
 timeout -s INT -k 20 "$(($(left) - 15))" "$PYTHON" benchmarks/cuda/campaign.py \
   "$weights" "$evidence" "$(($(left) - 25))" "$mode" $rehearse ${layers:+--layers "$layers"} \
   --models $models
-say "campaign.py ended with $?"
+echo "campaign.py ended with $?"

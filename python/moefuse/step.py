@@ -146,9 +146,7 @@ def _filled(cache) -> int:
 def _make_room(caches, rows: int, shape: tuple[int, int, int], dtype) -> None:
     """Arrays that nobody else shares, all of one length, with a free slot."""
     filled, (heads, *dims) = _filled(caches[0]), shape
-    held = [a for c in caches for a in (c.keys, c.values) if a is not None]
-    length = max((a.shape[2] for a in held), default=0)
-    del held  # writable() asks whether anybody else has them
+    length = 0 if caches[0].keys is None else caches[0].keys.shape[2]
     if length <= filled:
         length = filled // GROWTH * GROWTH + max(GROWTH, filled // 8 // GROWTH * GROWTH)
     for cache, (name, dim) in product(caches, zip(("keys", "values"), dims, strict=True)):

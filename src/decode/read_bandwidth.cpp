@@ -10,9 +10,8 @@
 
 namespace moefuse {
 
-namespace {
-
-double measure(int64_t bytes) {
+double read_bandwidth(int64_t bytes) {
+  if (bytes <= 0) fail("read_bandwidth", "bytes", "a positive number", std::to_string(bytes));
   constexpr int64_t kEnough = int64_t{1} << 30, kMost = 1000;
   const auto data = std::make_unique<char[]>(bytes);
   cpu::use_huge_pages(data.get(), bytes);
@@ -28,13 +27,6 @@ double measure(int64_t bytes) {
     best = std::max(best, static_cast<double>(bytes) / seconds.count());
   }
   return best;
-}
-
-}  // namespace
-
-double read_bandwidth(int64_t bytes) {
-  if (bytes <= 0) fail("read_bandwidth", "bytes", "a positive number", std::to_string(bytes));
-  return measure(bytes);
 }
 
 }  // namespace moefuse

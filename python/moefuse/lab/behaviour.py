@@ -82,7 +82,7 @@ def _margins(logits: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.array(a) for a in (best[:, 1] - best[:, 0], probability, logits.std(axis=-1)))
 
 
-def _loop(tokens: Sequence[int], window: int = 20) -> int:
+def loop_start(tokens: Sequence[int], window: int = 20) -> int:
     """Tokens before a window of `window` tokens comes back; all of them if none does."""
     seen = set()
     for i in range(len(tokens) - window + 1):
@@ -113,7 +113,7 @@ def examine(model, prompts: Sequence[Prompt], tokens: int) -> dict:
         "rms_of_layers": [float(layers[0]), float(layers.max()), float(layers[-1])],
         "routing": _routing(recorders),
         "different_tokens": [len(set(text)) for text in texts],
-        "tokens_before_a_loop": [_loop(text) for text in texts],
+        "tokens_before_a_loop": [loop_start(text) for text in texts],
     }
 
 
