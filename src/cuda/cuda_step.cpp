@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "cuda/tensor_walk.h"
 #include "metal/step_limits.h"
 #include "ops/checks.h"
 
@@ -35,6 +34,7 @@ bool tensor_wanted() {
 CudaStep::CudaStep(const Plan& plan, Accumulate accumulate)
     : plan_(plan),
       accumulate_(accumulate),
+      routers_([](const metal::Call& call) { return metal::launch(call, mx::Device::gpu); }),
       tensor_(tensor_wanted() && tensor_refusal(plan).empty()) {
   if (!tensor_) metal::check_limits(plan_);
 }
@@ -53,10 +53,10 @@ CudaStep::Recorded& CudaStep::recorded(int rows, int longest,
                                     r.replay->angles()};
   const auto add = [&](const metal::Call& call) { return r.replay->add(call); };
   const bool tensor = tensor_ && rows <= kTensorRows;
-  const mx::array logits =
-      tensor ? TensorWalk(plan_, accumulate_, constants_, inputs, add, multiprocessors(), splits)
-                   .walk()
-             : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
+  const mx::array logits = tensor ? TensorWalk(plan_, accumulate_, constants_, routers_, inputs,
+                                               add, multiprocessors(), splits)
+                                        .walk()
+                                  : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
   r.replay->record(logits, arrays_of(caches));
   r.addresses = std::move(addresses);
   return r;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/replay.h"
+#include "cuda/tensor_walk.h"
 #include "metal/walk.h"
 
 namespace moefuse::cuda {
@@ -45,8 +46,9 @@ class CudaStep {
 
   Plan plan_;
   Accumulate accumulate_;
-  bool tensor_;  // the walk of CUDA's own kernels takes the plan
   metal::Constants constants_;
+  FoldedRouters routers_;
+  bool tensor_;  // the walk of CUDA's own kernels takes the plan
   std::map<std::pair<int, int>, Recorded> recorded_;  // by rows and stretches of the longest
   std::optional<mx::Stream> stream_;                  // of the last step
   int64_t calls_ = 0;

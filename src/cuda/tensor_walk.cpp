@@ -87,7 +87,6 @@ struct Taker {
     const int width = static_cast<int>(s.norm.weight.size());
     return all({when(s.experts > 1024 || s.top_k > 16, "more experts than a warp selects from"),
                 when(width % 8, "a width that is no multiple of 8"),
-                when(s.quantized_gate && s.quantized_gate->bits != 8, "a gate not of 8 bits"),
                 when(s.options.n_group != 1, "groups of experts")});
   }
   std::string operator()(const ExpertsGateUp& s) const {
@@ -132,10 +131,33 @@ int cache_splits(int cached) {
   return splits;
 }
 
+const mx::array& FoldedRouters::of(int layer, const Router& router, const Matrix& o) {
+  if (const auto found = made_.find(layer); found != made_.end()) return found->second;
+  const auto fp32 = [](const mx::array& a) { return mx::astype(a, mx::float32); };
+  mx::array gate{0};
+  if (const auto& q = router.quantized_gate)
+    gate = mx::dequantize(q->weight, fp32(q->scales), fp32(q->biases), q->group_size, q->bits);
+  else
+    gate = fp32(*router.dense_gate);
+  constexpr int kEach = 4;  // as in kernels/fold_router.body
+  const int words = (o.cols + o.rows) / 8;
+  return made_
+      .emplace(layer,
+               launcher_({&metal::kernel_text("fold_router"),
+                          {gate, router.norm.weight, o.weight, o.scales, o.biases},
+                          {router.norm.weight.dtype(), router.experts, o.rows, o.cols},
+                          {{router.experts, o.cols + o.rows}},
+                          {mx::float32},
+                          {metal::blocks(words, kThreads), metal::blocks(router.experts, kEach), 1},
+                          kThreads})[0])
+      .first->second;
+}
+
 TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
-                       const metal::WalkInputs& inputs, Launcher launcher, int multiprocessors,
-                       int splits)
+                       FoldedRouters& routers, const metal::WalkInputs& inputs, Launcher launcher,
+                       int multiprocessors, int splits)
     : metal::Walk(p, a, constants, inputs, std::move(launcher)),
+      routers_(routers),
       multiprocessors_(multiprocessors),
       splits_(splits) {
   wide_constants = true;
@@ -143,7 +165,7 @@ TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
 }
 
 int TensorWalk::beside(int warps) const {
-  return rows == 1 && warps == kWarps ? 2 : 1;
+  return rows == 1 && (warps == kWarps || warps > 2 * kWarps) ? 2 : 1;
 }
 
 TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copies,
@@ -180,13 +202,37 @@ mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix
                 warps > kWarps ? 1 : std::max(resident, beside(warps)));
 }
 
-mx::array TensorWalk::add_to_residual(const mx::array& x, const Matrix& m) {
+const Router* TensorWalk::router_of_layer() const {
+  for (const Stage& stage : plan.stages)
+    if (const auto* r = std::get_if<Router>(&stage.work); r && stage.layer == layer) return r;
+  return nullptr;
+}
+
+void TensorWalk::add_to_residual(const char* kernel, std::vector<mx::array> inputs,
+                                 std::vector<Arg> args, const Matrix& m, const Router* router,
+                                 metal::Groups groups, int warps) {
+  const int experts = router ? router->experts : 0, tiles = metal::blocks(m.rows, 16);
+  append(inputs, m);
+  inputs.push_back(router ? routers_.of(layer, *router, m) : constant(0.0f));
+  inputs.push_back(hidden);
+  args.insert(args.end(), {m.rows, experts});
+  const mx::Shape logits = router ? mx::Shape{rows, experts} : mx::Shape{1};
+  const mx::Shape squares = router ? mx::Shape{rows, 2 * tiles} : mx::Shape{1};
+  const auto out =
+      outputs(kernel, inputs, args, {{rows, m.rows}, logits, squares},
+              {mx::float32, mx::float32, mx::float32}, groups, 32 * warps, 0, beside(warps));
+  hidden = out[0];
+  router_logits_ = out[1];
+  row_squares_ = out[2];
+  router_ = router;
+}
+
+void TensorWalk::add_to_residual(const mx::array& x, const Matrix& m, const Router* router) {
   int together = rows;  // as many rows as shared memory holds
   while (rows % together || together * grid_bytes(m.cols, 1) > kStaticShared) --together;
   const int warps = warps_for(slices(m.cols), 20);
-  return output("grid_linear_residual", {x, m.weight, m.scales, m.biases, hidden},
-                {dtype, together, warps, m.cols, m.rows}, {rows, m.rows},
-                {metal::blocks(m.rows, 16), rows / together, 1}, 32 * warps, beside(warps));
+  add_to_residual("grid_linear_residual", {x}, {dtype, together, warps, m.cols}, m, router,
+                  {metal::blocks(m.rows, 16), rows / together, 1}, warps);
 }
 
 void TensorWalk::run(const GroupedProjection& s) {
@@ -250,31 +296,15 @@ void TensorWalk::run(const LatentOutput& s) {
 }
 
 void TensorWalk::run(const OutputProjection& s) {
+  const Router* router = router_of_layer();
   if (!grouped) {
-    hidden = add_to_residual(attended, s.o);
+    add_to_residual(attended, s.o, router);
     return;
   }
   const int warps = warps_for(slices(s.o.cols), 20);
-  hidden = output("grid_attention_out",
-                  {partial, stats, places, s.o.weight, s.o.scales, s.o.biases, hidden},
-                  {dtype, rows, warps, grouped->heads, grouped->head_dim, splits_, s.o.rows},
-                  {rows, s.o.rows}, {metal::blocks(s.o.rows, 16), 1, 1}, 32 * warps, beside(warps));
-}
-
-void TensorWalk::run(const Router& s) {
-  const int width = hidden.shape(-1);
-  std::vector<mx::array> inputs = {hidden, s.norm.weight, constant(s.norm.eps)};
-  std::vector<Arg> args = {dtype, rows};
-  if (s.quantized_gate) {
-    append(inputs, *s.quantized_gate);
-    args.push_back(s.quantized_gate->group_size);
-  } else {
-    inputs.push_back(*s.dense_gate);
-  }
-  args.insert(args.end(), {width, s.experts});
-  router_logits_ = outputs(s.quantized_gate ? "grid_router" : "grid_router_dense", inputs, args,
-                           {{rows, s.experts}}, {mx::float32}, {s.experts, 1, 1}, kThreads)[0];
-  router_ = &s;
+  add_to_residual("grid_attention_out", {partial, stats, places},
+                  {dtype, rows, warps, grouped->heads, grouped->head_dim, splits_}, s.o, router,
+                  {metal::blocks(s.o.rows, 16), 1, 1}, warps);
 }
 
 // Of a router that has no bias, zeros; of a softmax, what its kernels do not read.
@@ -287,17 +317,18 @@ mx::array TensorWalk::router_bias() {
 void TensorWalk::run(const ExpertsGateUp& s) {
   const Router& r = *router_;
   const bool shared = s.shared_gate.has_value();
-  std::vector<mx::array> inputs = {hidden, r.norm.weight, constant(r.norm.eps), router_logits_,
-                                   router_bias()};
+  std::vector<mx::array> inputs = {hidden,         r.norm.weight, constant(r.norm.eps),
+                                   router_logits_, row_squares_,  router_bias()};
   for (const Matrix* m :
        {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
     append(inputs, *m);
   const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
   const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
-  // Pieces of a warp on their way, and blocks that a multiprocessor has registers for: of one tile
-  // for one row two do, and 64 registers a thread let the next kernel's blocks come beside these.
+  // Pieces of a warp on their way, and blocks that a multiprocessor has registers for. Of one tile
+  // for one row two pieces do, and three blocks: with registers for four a weight's scale is put
+  // aside in memory, which waits for it before the last weights are asked for.
   const bool light = rows == 1 && tiles == 1;
-  const int depth = light ? 2 : 4, blocks = light ? 4 : std::max(resident, 2);
+  const int depth = light ? 2 : 4, blocks = light ? 3 : std::max(resident, 2);
   inner = output("grid_gate_up", inputs,
                  {dtype, tiles, depth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
                   r.options.scoring == Scoring::softmax, shared},
@@ -309,8 +340,10 @@ void TensorWalk::run(const ExpertsDown& s) {
   const Router& r = *router_;
   const bool shared = s.shared_down.has_value();
   const bool softmax = r.options.scoring == Scoring::softmax;
-  std::vector<mx::array> inputs = {inner, router_logits_, router_bias(),
-                                   constant(softmax ? 1.0f : r.options.scaling_factor)};
+  std::vector<mx::array> inputs = {
+      inner,         router_logits_,
+      row_squares_,  constant(r.norm.eps),
+      router_bias(), constant(softmax ? 1.0f : r.options.scaling_factor)};
   append(inputs, s.down);
   append(inputs, shared ? *s.shared_down : s.down);
   inputs.push_back(hidden);
@@ -336,7 +369,7 @@ void TensorWalk::run(const DenseGateUp& s) {
 }
 
 void TensorWalk::run(const DenseDown& s) {
-  hidden = add_to_residual(inner, s.down);
+  add_to_residual(inner, s.down, nullptr);
 }
 
 void TensorWalk::run(const Head& s) {

@@ -3,7 +3,9 @@
 // does not take goes through the texts that Metal has too.
 #pragma once
 
+#include <map>
 #include <string>
+#include <vector>
 
 #include "metal/walk.h"
 
@@ -18,12 +20,25 @@ std::string tensor_refusal(const Plan& plan);
 // How many blocks side by side share a cache of so many positions: kernels/stretches.h.
 int cache_splits(int cached);
 
+// Of each layer that has a router, its gate, its norm's gains and the output projection in front of
+// it as one fp32 matrix, as kernels/route.h says. Made once for a model.
+class FoldedRouters {
+ public:
+  explicit FoldedRouters(metal::Walk::Launcher launcher) : launcher_(std::move(launcher)) {}
+  const mx::array& of(int layer, const Router& router, const Matrix& o);
+
+ private:
+  metal::Walk::Launcher launcher_;
+  std::map<int, mx::array> made_;
+};
+
 class TensorWalk : public metal::Walk {
  public:
   // multiprocessors: of the device. splits: stretches that the longest row asks for, as
   // cache_splits() says.
   TensorWalk(const Plan& plan, Accumulate accumulate, metal::Constants& constants,
-             const metal::WalkInputs& inputs, Launcher launcher, int multiprocessors, int splits);
+             FoldedRouters& routers, const metal::WalkInputs& inputs, Launcher launcher,
+             int multiprocessors, int splits);
 
  protected:
   using metal::Walk::run;
@@ -34,7 +49,7 @@ class TensorWalk : public metal::Walk {
   void run(const LatentAttention& s) override;
   void run(const LatentOutput& s) override;
   void run(const OutputProjection& s) override;
-  void run(const Router& s) override;
+  void run(const Router&) override {}  // its logits come with the output projection
   void run(const ExpertsGateUp& s) override;
   void run(const ExpertsDown& s) override;
   void run(const DenseGateUp& s) override;
@@ -51,16 +66,21 @@ class TensorWalk : public metal::Walk {
   // a block, which is faster where the weights come last.
   Tiling tiling(int tile_count, int slices, int copies = 1, bool many = false) const;
   // Blocks for which a multiprocessor has to have registers: two, so that the next kernel's come
-  // beside this one's, where neither several rows nor more warps need them all.
+  // beside this one's, where neither several rows nor some more warps need them all; nor do 20.
   int beside(int warps) const;
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,
                     const Matrix* c);
-  mx::array add_to_residual(const mx::array& x, const Matrix& m);
+  // `router`: whose logits come with it, or nullptr.
+  void add_to_residual(const char* kernel, std::vector<mx::array> inputs, std::vector<Arg> args,
+                       const Matrix& m, const Router* router, metal::Groups groups, int warps);
+  void add_to_residual(const mx::array& x, const Matrix& m, const Router* router);
+  const Router* router_of_layer() const;
   mx::array router_bias();
 
+  FoldedRouters& routers_;
   const int multiprocessors_, splits_;
   const Router* router_ = nullptr;  // of the layer
-  mx::array router_logits_{0}, latent_query_{0};
+  mx::array router_logits_{0}, row_squares_{0}, latent_query_{0};
 };
 
 }  // namespace moefuse::cuda

@@ -65,6 +65,7 @@ std::vector<KernelText> build_table() {
   {                                                                  \
     KernelText k;                                                    \
     k.name = "moefuse_" #stem;                                       \
+    k.cuda_header = text::dialect_cuda_h + kExperts;                 \
     k.cuda_body = text::stem##_body;                                 \
     k.waits = true;                                                  \
     if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster; \
@@ -94,8 +95,8 @@ const KernelText& kernel_text(const std::string& name) {
 std::string cuda_header() {
   return std::string(text::dialect_cuda_h) + text::lanes_h + text::norm_h + text::attention_h +
          text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h +
-         text::tensor_dialect_h + text::grid_h + text::select_h + text::stretches_h +
-         text::attend_h;
+         text::tensor_dialect_h + text::grid_h + text::route_h + text::select_h +
+         text::stretches_h + text::attend_h;
 }
 
 std::vector<std::string> kernel_names() {

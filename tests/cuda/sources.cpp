@@ -30,16 +30,16 @@ int main(int argc, char** argv) {
   const int angles = metal::rope_of(plan).dims;
   const metal::WalkInputs inputs = {rows, caches, mx::zeros({16}, mx::uint32),
                                     mx::zeros({rows, 4}, mx::uint32), mx::zeros({rows, angles})};
-  moefuse::cuda::TensorWalk walk(
-      plan, moefuse::Accumulate::fp32_no_fma, constants, inputs,
-      [&](const metal::Call& call) {
-        calls.push_back(call);
-        std::vector<mx::array> out;
-        for (size_t i = 0; i < call.shapes.size(); ++i)
-          out.push_back(mx::zeros(call.shapes[i], call.dtypes[i]));
-        return out;
-      },
-      132, 4);
+  const auto collect = [&](const metal::Call& call) {
+    calls.push_back(call);
+    std::vector<mx::array> out;
+    for (size_t i = 0; i < call.shapes.size(); ++i)
+      out.push_back(mx::zeros(call.shapes[i], call.dtypes[i]));
+    return out;
+  };
+  moefuse::cuda::FoldedRouters routers(collect);
+  moefuse::cuda::TensorWalk walk(plan, moefuse::Accumulate::fp32_no_fma, constants, routers, inputs,
+                                 collect, 132, 4);
   walk.walk();
   for (const metal::Call& call : calls)
     std::fprintf(stderr, "%-32s %4d x %3d x %2d blocks of %4d threads\n", call.kernel->name.c_str(),

@@ -16,6 +16,9 @@ namespace kernels {
   }                \
   ;
 
+KERNEL_BEGIN(fold_router, FOLD_ROUTER_SIGNATURE)
+#include "fold_router.body"
+KERNEL_END
 KERNEL_BEGIN(grid_attention_out, GRID_ATTENTION_OUT_SIGNATURE)
 #include "grid_attention_out.body"
 KERNEL_END
@@ -39,12 +42,6 @@ KERNEL_BEGIN(grid_linear_residual, GRID_LINEAR_RESIDUAL_SIGNATURE)
 KERNEL_END
 KERNEL_BEGIN(grid_project, GRID_PROJECT_SIGNATURE)
 #include "grid_project.body"
-KERNEL_END
-KERNEL_BEGIN(grid_router, GRID_ROUTER_SIGNATURE)
-#include "grid_router.body"
-KERNEL_END
-KERNEL_BEGIN(grid_router_dense, GRID_ROUTER_DENSE_SIGNATURE)
-#include "grid_router_dense.body"
 KERNEL_END
 KERNEL_BEGIN(grid_unembed, GRID_UNEMBED_SIGNATURE)
 #include "grid_unembed.body"

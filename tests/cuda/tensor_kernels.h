@@ -16,6 +16,7 @@
 // The texts above come first.
 #include "attend.h"
 #include "grid.h"
+#include "route.h"
 #include "select.h"
 #include "stretches.h"
 #include "tensor_callables.h"

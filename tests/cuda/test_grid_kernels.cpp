@@ -43,12 +43,16 @@ bool inside(float got, Approx want) {
 
 struct Linear {
   using T = bfloat16_t;
-  static constexpr int ROWS = 2, WARPS = 8, COLS = 320, N = 40;
+  static constexpr int ROWS = 2, WARPS = 8, COLS = 320, N = 40, E = 0;
+};
+struct RoutedLinear {
+  using T = bfloat16_t;
+  static constexpr int ROWS = 2, WARPS = 8, COLS = 320, N = 64, E = 7;
 };
 // One piece to each of more warps than eight, the last one short of a slice.
 struct WideLinear {
   using T = bfloat16_t;
-  static constexpr int ROWS = 2, WARPS = 10, COLS = 2368, N = 40;
+  static constexpr int ROWS = 2, WARPS = 10, COLS = 2368, N = 40, E = 0;
 };
 constexpr size_t kRows = 2;
 
@@ -56,17 +60,44 @@ template <typename Linear>
 struct LinearRun {
   Stack<T> m{1, Linear::N, Linear::COLS, 4, 64};
   Buffer<float> x{uniform_vector<float>(kRows * Linear::COLS, -2.0f, 2.0f)};
+  static constexpr size_t IN = Linear::COLS + Linear::N, E = Linear::E;
   Buffer<float> residual{uniform_vector<float>(kRows * Linear::N, -1.0f, 1.0f)};
+  Buffer<float> router{uniform_vector<float>(E ? E * IN : 16, -1.0f, 1.0f)};
+  Buffer<float> logits = Buffer<float>::output(0), squares = Buffer<float>::output(0);
 
   Buffer<float> run() {
-    auto [out] = in_every_order([&](Order order) {
+    auto [out, l, s] = in_every_order([&](Order order) {
       auto to = Buffer<float>::output(kRows * Linear::N);
-      kernels::grid_linear_residual<Linear> kernel{x, m.weight, m.scales, m.biases, residual, to};
+      auto gate = Buffer<float>::output(E ? kRows * E : 1);
+      auto parts = Buffer<float>::output(E ? kRows * square_parts(Linear::N) : 1);
+      kernels::grid_linear_residual<Linear> kernel{x,        m.weight, m.scales, m.biases, router,
+                                                   residual, to,       gate,     parts};
       check_sizes(kernel, {.rows = kRows, .capacity = 0, .batches = 0, .sequences = 1});
-      emulator::dispatch({3, 1, 1}, 32 * Linear::WARPS, order, [&] { kernel(); });
-      return std::tuple(to);
+      emulator::dispatch({(Linear::N + 15) / 16, 1, 1}, 32 * Linear::WARPS, order,
+                         [&] { kernel(); });
+      return std::tuple(to, gate, parts);
     });
+    logits = l;
+    squares = s;
     return out;
+  }
+  // Expert e's logit of row r, but for the norm's scale: a sum of IN products in fp32.
+  Approx logit(size_t r, size_t e) const {
+    Approx y;
+    double size = 0.0;
+    for (size_t k = 0; k < IN; ++k) {
+      const double v = k < Linear::COLS ? x.values()[r * Linear::COLS + k]
+                                        : residual.values()[r * Linear::N + k - Linear::COLS];
+      y.value += v * router.values()[e * IN + k];
+      size += std::abs(v * router.values()[e * IN + k]);
+    }
+    return {y.value, size * kUnit * (IN / (32.0 * Linear::WARPS) + 16.0 + Linear::WARPS)};
+  }
+  size_t logits_outside() const {
+    size_t count = 0;
+    for (size_t r = 0; r < kRows; ++r)
+      for (size_t e = 0; e < E; ++e) count += !inside(logits.values()[r * E + e], logit(r, e));
+    return count;
   }
   // How many of the results lie outside their bound.
   size_t outside(const Buffer<float>& out) const {
@@ -87,6 +118,55 @@ TEST(GridKernels, LinearResidualLiesInItsBound) {
   EXPECT_EQ(run.outside(run.run()), 0u);
   LinearRun<WideLinear> wide;
   EXPECT_EQ(wide.outside(wide.run()), 0u);
+}
+
+TEST(GridKernels, RouterLogitsComeWithTheOutputProjection) {
+  LinearRun<RoutedLinear> run;
+  const auto out = run.run();
+  EXPECT_EQ(run.logits_outside(), 0u);
+  for (size_t r = 0; r < kRows; ++r) {
+    double squares = 0.0, parts = 0.0;
+    for (size_t n = 0; n < RoutedLinear::N; ++n)
+      squares += std::pow(double(out.values()[r * RoutedLinear::N + n]), 2);
+    for (int i = 0; i < square_parts(RoutedLinear::N); ++i)
+      parts += run.squares.values()[r * square_parts(RoutedLinear::N) + i];
+    EXPECT_NEAR(parts, squares, squares * 8 * kUnit);
+  }
+  // Expert 6 is the last block's only one; its last weight belongs to the row's last value.
+  auto weights = run.router.values();
+  weights.back() += 0x1p-5f;
+  run.router = Buffer<float>(weights);
+  EXPECT_EQ(run.logits_outside(), kRows);
+}
+
+struct Fold {
+  using T = bfloat16_t;
+  static constexpr int E = 6, H = 40, K = 192;
+};
+
+// Rounded once, where fp64 leaves no doubt.
+TEST(GridKernels, FoldedRouterIsTheProductOfItsMatrices) {
+  constexpr size_t E = Fold::E, H = Fold::H, K = Fold::K;
+  Stack<T> o(1, H, K, 4, 64);
+  Buffer<float> gate(uniform_vector<float>(E * H, -1.0f, 1.0f));
+  Buffer<T> norm(uniform_vector<T>(H, 0.5f, 1.5f));
+  auto [out] = in_every_order([&](Order order) {
+    auto to = Buffer<float>::output(E * (K + H));
+    kernels::fold_router<Fold> kernel{gate, norm, o.weight, o.scales, o.biases, to};
+    check_sizes(kernel, {.rows = 1, .capacity = 0, .batches = 0, .sequences = 1});
+    emulator::dispatch({1, 2, 1}, 256, order, [&] { kernel(); });
+    return std::tuple(to);
+  });
+  for (size_t e = 0; e < E; ++e) {
+    for (size_t k = 0; k < K + H; ++k) {
+      double y = 0.0;
+      for (size_t n = 0; n < H; ++n) {
+        const double w = k < K ? o.scale(n, k) * o.quant(n, k) + o.bias(n, k) : double(n == k - K);
+        y += double(gate.values()[e * H + n]) * double(float(norm.values()[n])) * w;
+      }
+      EXPECT_NEAR(out.values()[e * (K + H) + k], y, 0x1.01p-24 * std::abs(y) + 1e-12) << e << k;
+    }
+  }
 }
 
 // The bound is no wider than it must be: one step of one weight is seen, at the last place too.
@@ -223,52 +303,63 @@ Choice<K> weighed(const Experts<K>& chosen, const Floats<K>& weights) {
   return both;
 }
 
+std::vector<float> times(std::vector<float> row, float norm) {
+  for (float& v : row) v *= norm;
+  return row;
+}
+
 template <int E, int K, bool NORM>
-void compare_softmax() {
+void compare_softmax(float norm) {
   const auto rows = rows_of(E);
   for (size_t r = 0; r < rows.size(); ++r) {
     if (std::any_of(rows[r].begin(), rows[r].end(), [](float v) { return !std::isfinite(v); }) &&
         r != 3)
       continue;  // every score is NaN: whichever are chosen
     const auto want = by_a_warp<K>([&](uint lane) {
-      return route_softmax<float, E, K, NORM>(spread_of<E>(rows[r], lane), lane);
+      return route_softmax<float, E, K, NORM>(spread_of<E>(times(rows[r], norm), lane), lane);
     });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
                      const auto logits = spread_of<E>(rows[r], lane);
-                     const auto chosen = choose_experts<E, K, true>(logits, {}, lane);
-                     return weighed(chosen, weigh_softmax<E, K, NORM>(logits, chosen, lane));
+                     const auto chosen = choose_experts<E, K, true>(logits, norm, {}, lane);
+                     return weighed(
+                         chosen, weigh_experts<E, K, NORM, true>(logits, norm, chosen, 1.0f, lane));
                    }),
                    want, r);
   }
 }
 
 TEST(GridKernels, SoftmaxRouterChoosesAsTheSharedOne) {
-  compare_softmax<128, 8, true>();
-  compare_softmax<40, 8, false>();
-  compare_softmax<10, 3, true>();
+  for (float norm : {1.0f, 0.37f, 41.3f}) {
+    compare_softmax<128, 8, true>(norm);
+    compare_softmax<40, 8, false>(norm);
+    compare_softmax<10, 3, true>(norm);
+  }
 }
 
 template <int E, int K>
-void compare_sigmoid() {
+void compare_sigmoid(float norm) {
   const auto rows = rows_of(E);
   const std::vector<float> bias = uniform_vector<float>(E, -0.2f, 0.2f);
   for (size_t r = 0; r < rows.size(); ++r) {
     const auto want = by_a_warp<K>([&](uint lane) {
-      return route_sigmoid<E, K, true>(spread_of<E>(rows[r], lane), bias, 1.8f, lane);
+      return route_sigmoid<E, K, true>(spread_of<E>(times(rows[r], norm), lane), bias, 1.8f, lane);
     });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
                      const auto logits = spread_of<E>(rows[r], lane);
                      const auto chosen =
-                         choose_experts<E, K, false>(logits, spread_of<E>(bias, lane), lane);
-                     return weighed(chosen, weigh_sigmoid<E, K, true>(logits, chosen, 1.8f, lane));
+                         choose_experts<E, K, false>(logits, norm, spread_of<E>(bias, lane), lane);
+                     return weighed(chosen, weigh_experts<E, K, true, false>(logits, norm, chosen,
+                                                                             1.8f, lane));
                    }),
                    want, r);
   }
 }
 
 TEST(GridKernels, SigmoidRouterChoosesAsTheSharedOne) {
-  compare_sigmoid<64, 4>();
-  compare_sigmoid<48, 4>();
+  for (float norm : {1.0f, 0.37f}) {
+    compare_sigmoid<64, 4>(norm);
+    compare_sigmoid<48, 4>(norm);
+  }
 }
 
 }  // namespace

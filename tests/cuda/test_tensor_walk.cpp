@@ -35,7 +35,10 @@ struct QwenDown : Qwen {
   static constexpr int WARPS = 1;
 };
 struct QwenOut : Common {
-  static constexpr int HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1;
+  static constexpr int HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1, E = 40;
+};
+struct QwenFold : Common {
+  static constexpr int E = 40, K = 256;
 };
 struct Glm : Common {
   static constexpr int DEPTH = 2, NQ = 128, NK = 160, NV = 0, E = 48, K = 4;
@@ -57,10 +60,16 @@ struct GlmAttention : GlmUnembed {
   static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
 };
 struct GlmOut : Common {
-  static constexpr int COLS = 256;
+  static constexpr int COLS = 256, E = 48;
+};
+struct GlmOutDense : Common {
+  static constexpr int COLS = 256, E = 0;
+};
+struct GlmFold : Common {
+  static constexpr int E = 48, K = 256;
 };
 struct GlmDense : Common {
-  static constexpr int I = 512, COLS = 512;
+  static constexpr int I = 512, COLS = 512, E = 0;
 };
 
 const kernels::Sizes kSizes = {.rows = 1, .capacity = kSlots, .batches = 0, .sequences = 1};
@@ -72,7 +81,7 @@ void add_kernels(emulated::Backend& backend) {
   ADD_STAGE(backend, grid_project, Qwen);
   ADD_STAGE(backend, cluster_attention_gqa, QwenOut);
   ADD_STAGE(backend, grid_attention_out, QwenOut);
-  ADD_STAGE(backend, grid_router, Qwen);
+  ADD_STAGE(backend, fold_router, QwenFold);
   ADD_STAGE(backend, grid_gate_up, Qwen);
   ADD_STAGE(backend, grid_down, QwenDown);
   ADD_STAGE(backend, grid_head, Head);
@@ -82,9 +91,10 @@ void add_kernels(emulated::Backend& backend) {
   ADD_STAGE(backend, cluster_attention_mla, GlmAttention);
   ADD_STAGE(backend, grid_unembed, GlmUnembed);
   ADD_STAGE(backend, grid_linear_residual, GlmOut);
+  ADD_STAGE(backend, grid_linear_residual, GlmOutDense);
   ADD_STAGE(backend, grid_linear_residual, GlmDense);
   ADD_STAGE(backend, grid_gate_up_dense, GlmDense);
-  ADD_STAGE(backend, grid_router_dense, Glm);
+  ADD_STAGE(backend, fold_router, GlmFold);
   ADD_STAGE(backend, grid_gate_up, Glm);
   ADD_STAGE(backend, grid_down, GlmDown);
 }
@@ -96,6 +106,7 @@ mx::array in_fp32(const mx::array& a) {
 mx::array tensor_logits(const moefuse::Plan& plan, emulated::Backend& backend,
                         const std::vector<moefuse::LayerCache>& caches, uint32_t token, int slot) {
   metal::Constants constants;
+  moefuse::cuda::FoldedRouters routers(std::ref(backend));
   const std::vector<moefuse::StepRow> rows = {{token, 0, slot, 0, slot}};
   const auto ids = metal::tokens_of(rows), places = metal::places_of(rows, kSlots);
   const auto angles = metal::angles_of(rows, metal::rope_of(plan));
@@ -103,8 +114,8 @@ mx::array tensor_logits(const moefuse::Plan& plan, emulated::Backend& backend,
       1, caches, mx::array(ids.begin(), {1}, mx::uint32),
       mx::array(places.begin(), {1, 4}, mx::uint32),
       mx::array(angles.begin(), {1, int(angles.size())}, mx::float32)};
-  return in_fp32(moefuse::cuda::TensorWalk(plan, Accumulate::fp32_no_fma, constants, inputs,
-                                           std::ref(backend), 132, 1)
+  return in_fp32(moefuse::cuda::TensorWalk(plan, Accumulate::fp32_no_fma, constants, routers,
+                                           inputs, std::ref(backend), 132, 1)
                      .walk());
 }
 

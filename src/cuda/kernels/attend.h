@@ -8,19 +8,6 @@ constexpr float kLog2e = 1.44269504f;
 constexpr int kCluster = 16, kTiles = 5, kBatch = 16 * kTiles;
 constexpr int kProbabilities = kBatch + 8;  // of a head; eight more keep the banks apart
 
-// N consecutive values of T, aligned as wide as one load of a part of them may be.
-template <int N, typename T>
-FUNC Floats<N> load_values(const T* p) {
-  constexpr int WIDTH = (N & -N) * int(sizeof(T));
-  struct alignas(WIDTH < 16 ? WIDTH : 16) Aligned {
-    T v[N];
-  };
-  Aligned all = *reinterpret_cast<const Aligned*>(p);
-  Floats<N> f;
-  UNROLL for (int i = 0; i < N; ++i) f.v[i] = float(all.v[i]);
-  return f;
-}
-
 // RMS norm of a vector spread over the lanes, the weight at hand.
 template <int N>
 FUNC Floats<N> gained_norm(Floats<N> x, const Floats<N>& gain, float eps) {

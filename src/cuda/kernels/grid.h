@@ -248,19 +248,25 @@ FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F su
   if (thread_at < 4u) planes[uint(slices(COLS)) * 128u + thread_at] = 0u;
 }
 
+template <int COLS, int THREADS>
+FUNC RowPart<COLS, THREADS> gained(RowPart<COLS, THREADS> row,
+                                   const RowPart<COLS, THREADS>& gains) {
+  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
+    UNROLL for (int j = 0; j < 8; ++j) row.v[i].v[j] = mul_rn(row.v[i].v[j], gains.v[i].v[j]);
+  }
+  return row;
+}
+
 // The same of row * gains; each warp leaves its sum of squares of the row in squares[warp]: the
 // norm's scale comes after the product.
 template <int COLS, int THREADS, typename P, typename F>
-FUNC void normed_row_on_grid(RowPart<COLS, THREADS> row, const RowPart<COLS, THREADS>& gains,
+FUNC void normed_row_on_grid(const RowPart<COLS, THREADS>& row, const RowPart<COLS, THREADS>& gains,
                              P planes, F steps, F sums, F squares, uint thread_at) {
   float square = 0.0f;
   UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
-    UNROLL for (int j = 0; j < 8; ++j) {
-      square = fma_rn(row.v[i].v[j], row.v[i].v[j], square);
-      row.v[i].v[j] = mul_rn(row.v[i].v[j], gains.v[i].v[j]);
-    }
+    UNROLL for (int j = 0; j < 8; ++j) square = fma_rn(row.v[i].v[j], row.v[i].v[j], square);
   }
-  row_on_grid<COLS, THREADS>(row, planes, steps, sums, thread_at);
+  row_on_grid<COLS, THREADS>(gained<COLS, THREADS>(row, gains), planes, steps, sums, thread_at);
   square = lane_sum(square);
   if (thread_at % 32u == 0u) squares[thread_at / 32u] = square;
 }

@@ -41,6 +41,14 @@ FUNC float sum_of(const Floats<K>& values) {
   return sum;
 }
 
+// Element i of K that every lane holds.
+template <int K>
+FUNC uint pick_index(const Experts<K>& chosen, uint i) {
+  uint v = chosen.index[0];
+  UNROLL for (int c = 1; c < K; ++c) v = i == uint(c) ? chosen.index[c] : v;
+  return v;
+}
+
 // Of equal keys the highest index or the lowest has the higher rank; ranks begin at 1.
 template <int E, bool HIGHEST>
 FUNC uint rank_of(uint i) {
@@ -74,40 +82,33 @@ FUNC Experts<K> choose_exactly(const uint (&keys)[(E + 31) / 32], uint lane) {
   return chosen;
 }
 
-// The K + 1 best keys with one maximum a place: their low bits make room for the ranks.
-template <int E, int K>
-struct Leaders {
+// Keys with their ranks in the low bits: one maximum a place finds the best of them.
+template <int E>
+struct Packed {
   static constexpr uint LOW = E < 128 ? 127u : E < 256 ? 255u : 2047u;
-  uint packed[K + 1];
+  uint v[(E + 31) / 32];
 };
 
-template <int E, int K, bool HIGHEST>
-FUNC Leaders<E, K> find_leaders(const uint (&keys)[(E + 31) / 32], uint lane) {
-  constexpr int PLACES = (E + 31) / 32;
-  constexpr uint LOW = Leaders<E, K>::LOW;
-  Leaders<E, K> leaders;
-  uint packed[PLACES];
-  UNROLL for (int p = 0; p < PLACES; ++p) {
+template <int E, bool HIGHEST>
+FUNC Packed<E> pack(const uint (&keys)[(E + 31) / 32], uint lane) {
+  Packed<E> packed;
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) {
     uint rank = rank_of<E, HIGHEST>(lane + 32u * uint(p));
-    packed[p] = rank > 0u ? (keys[p] & ~LOW) | rank : 0u;
+    packed.v[p] = rank > 0u ? (keys[p] & ~Packed<E>::LOW) | rank : 0u;
   }
-  UNROLL for (int c = 0; c <= K; ++c) {
-    uint best = packed[0];
-    UNROLL for (int p = 1; p < PLACES; ++p) best = packed[p] > best ? packed[p] : best;
-    best = lane_max(best);
-    UNROLL for (int p = 0; p < PLACES; ++p) packed[p] = packed[p] == best ? 0u : packed[p];
-    leaders.packed[c] = best;
-  }
-  return leaders;
+  return packed;
 }
 
-template <int E, int K, bool HIGHEST>
-FUNC Experts<K> experts_of(const Leaders<E, K>& leaders) {
-  Experts<K> chosen;
-  UNROLL for (int c = 0; c < K; ++c) {
-    chosen.index[c] = of_rank<E, HIGHEST>(leaders.packed[c] & Leaders<E, K>::LOW);
+// The best one, which leaves.
+template <int E>
+FUNC uint take_best(Packed<E>& packed) {
+  uint best = packed.v[0];
+  UNROLL for (int p = 1; p < (E + 31) / 32; ++p) best = packed.v[p] > best ? packed.v[p] : best;
+  best = lane_max(best);
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) {
+    packed.v[p] = packed.v[p] == best ? 0u : packed.v[p];
   }
-  return chosen;
+  return best;
 }
 
 template <int E>
@@ -130,9 +131,9 @@ FUNC Spread<E> softmax_of(const Spread<E>& logits, uint lane) {
   return scores;
 }
 
-// Whether logits, as their packed keys tell them, are so far apart that their scores have the same
-// order. A key has lost at most (LOW + 1) 2^-23 of its logit. A score is good to 2^-16 of itself
-// where its logit is no more than 64 below the best, so 2^-14 between two logits is enough.
+// Whether two logits, as their packed keys tell them, are so far apart that their scores have the
+// same order. A key has lost at most (LOW + 1) 2^-23 of its logit. A score is good to 2^-16 of
+// itself where its logit is no more than 64 below the best, so 2^-14 between two logits is enough.
 // False for NaN and for infinities.
 template <uint LOW>
 FUNC bool far_apart(float above, float below) {
@@ -144,27 +145,29 @@ FUNC float of_order_key(uint key) {
   return as_float(key >= 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
-// The K highest scores in ascending order, of equal ones the higher index the later. The logits
-// decide; where two of the best K + 1 are close, the scores themselves.
+// What a softmax router's choice goes by: its logits, before the norm's scale is known.
+template <int E>
+FUNC Packed<E> pack_logits(const Spread<E>& logits, uint lane) {
+  uint keys[(E + 31) / 32];
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) keys[p] = order_key<true>(logits.v[p]);
+  return pack<E, true>(keys, lane);
+}
+// Whether the scores of packed logits have the order of the logits: `top` is the best of all.
+template <int E>
+FUNC bool logits_decide(uint top, uint above, uint below, float norm) {
+  constexpr uint LOW = Packed<E>::LOW;
+  float a = mul_rn(of_order_key(above & ~LOW), norm), b = mul_rn(of_order_key(below & ~LOW), norm);
+  bool near_top = add_rn(mul_rn(of_order_key(top & ~LOW), norm), -b) < 64.0f;
+  return far_apart<LOW>(a, b) & near_top;
+}
+
+// The K highest scores in ascending order, of equal ones the higher index the later.
 template <int E, int K>
-FUNC Experts<K> choose_softmax(const Spread<E>& logits, uint lane) {
-  constexpr int PLACES = (E + 31) / 32;
-  constexpr uint LOW = Leaders<E, K>::LOW;
-  uint keys[PLACES];
-  UNROLL for (int p = 0; p < PLACES; ++p) keys[p] = order_key<true>(logits.v[p]);
-  Leaders<E, K> leaders = find_leaders<E, K, true>(keys, lane);
-  float values[K + 1];
-  UNROLL for (int c = 0; c <= K; ++c) values[c] = of_order_key(leaders.packed[c] & ~LOW);
-  bool apart = add_rn(values[0], -values[K]) < 64.0f;
-  UNROLL for (int c = 0; c < K; ++c) {
-    apart = apart && far_apart<LOW>(values[c], values[c + 1]);
-  }
-  Experts<K> best = experts_of<E, K, true>(leaders), ascending;
-  if (!apart) {
-    Spread<E> scores = softmax_of<E>(logits, lane);  // not negative: their bits are in order
-    UNROLL for (int p = 0; p < PLACES; ++p) keys[p] = as_uint(scores.v[p]) & 0x7fffffffu;
-    best = choose_exactly<E, K, true>(keys, lane);
-  }
+FUNC Experts<K> choose_scores(const Spread<E>& logits, uint lane) {
+  uint keys[(E + 31) / 32];
+  Spread<E> scores = softmax_of<E>(logits, lane);  // not negative: their bits are in order
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) keys[p] = as_uint(scores.v[p]) & 0x7fffffffu;
+  Experts<K> best = choose_exactly<E, K, true>(keys, lane), ascending;
   UNROLL for (int c = 0; c < K; ++c) ascending.index[c] = best.index[K - 1 - c];
   return ascending;
 }
@@ -190,22 +193,14 @@ FUNC Spread<E> sigmoid_of(const Spread<E>& logits, uint lane) {
   return scores;
 }
 
-// Best first by the biased score, of equal ones the lowest index.
-template <int E, int K>
-FUNC Experts<K> choose_sigmoid(const Spread<E>& logits, const Spread<E>& bias, uint lane) {
-  constexpr int PLACES = (E + 31) / 32;
+// Biased scores, best first, of equal ones the lowest index.
+template <int E>
+FUNC void key_scores(uint (&keys)[(E + 31) / 32], const Spread<E>& logits, const Spread<E>& bias,
+                     uint lane) {
   Spread<E> scores = sigmoid_of<E>(logits, lane);
-  uint keys[PLACES];
-  UNROLL for (int p = 0; p < PLACES; ++p) {
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) {
     keys[p] = order_key<false>(add_rn(scores.v[p], bias.v[p]));
   }
-  Leaders<E, K> leaders = find_leaders<E, K, false>(keys, lane);
-  bool close = false;
-  UNROLL for (int c = 0; c < K; ++c) {
-    close = close || (leaders.packed[c] ^ leaders.packed[c + 1]) <= Leaders<E, K>::LOW;
-  }
-  if (close) return choose_exactly<E, K, false>(keys, lane);
-  return experts_of<E, K, false>(leaders);
 }
 
 // Weighted by the score without its bias.
@@ -221,22 +216,50 @@ FUNC Floats<K> weigh_sigmoid(const Spread<E>& logits, const Experts<K>& chosen, 
   return weights;
 }
 
+// What decides a router's choice. logits lack their norm's scale: a softmax's do without it.
 template <int E, int K, bool SOFTMAX>
-FUNC Experts<K> choose_experts(const Spread<E>& logits, const Spread<E>& bias, uint lane) {
-  if (SOFTMAX) return choose_softmax<E, K>(logits, lane);
-  return choose_sigmoid<E, K>(logits, bias, lane);
+FUNC Packed<E> pack_experts(const Spread<E>& logits, float norm, const Spread<E>& bias, uint lane) {
+  if (SOFTMAX) return pack_logits<E>(logits, lane);
+  uint keys[(E + 31) / 32];
+  key_scores<E>(keys, scaled<E>(logits, norm), bias, lane);
+  return pack<E, false>(keys, lane);
+}
+// Whether the order of two that follow each other among the best is the exact one.
+template <int E, bool SOFTMAX>
+FUNC bool order_is_sure(uint top, uint above, uint below, float norm) {
+  if (SOFTMAX) return logits_decide<E>(top, above, below, norm);
+  return (above ^ below) > Packed<E>::LOW;
+}
+template <int E, int K, bool SOFTMAX>
+FUNC Experts<K> choose_surely(const Spread<E>& logits, float norm, const Spread<E>& bias,
+                              uint lane) {
+  if (SOFTMAX) return choose_scores<E, K>(scaled<E>(logits, norm), lane);
+  uint keys[(E + 31) / 32];
+  key_scores<E>(keys, scaled<E>(logits, norm), bias, lane);
+  return choose_exactly<E, K, false>(keys, lane);
+}
+template <int E, int K, bool SOFTMAX>
+FUNC Experts<K> choose_experts(const Spread<E>& logits, float norm, const Spread<E>& bias,
+                               uint lane) {
+  Packed<E> packed = pack_experts<E, K, SOFTMAX>(logits, norm, bias, lane);
+  uint best[K + 1];
+  UNROLL for (int c = 0; c <= K; ++c) best[c] = take_best<E>(packed);
+  bool sure = true;
+  UNROLL for (int c = 0; c < K; ++c) {
+    sure = sure & order_is_sure<E, SOFTMAX>(best[0], best[c], best[c + 1], norm);
+  }
+  if (!sure) return choose_surely<E, K, SOFTMAX>(logits, norm, bias, lane);
+  Experts<K> chosen;
+  UNROLL for (int c = 0; c < K; ++c) {
+    uint rank = best[SOFTMAX ? K - 1 - c : c] & Packed<E>::LOW;
+    chosen.index[c] = of_rank<E, SOFTMAX>(rank);
+  }
+  return chosen;
 }
 template <int E, int K, bool NORM, bool SOFTMAX>
-FUNC Floats<K> weigh_experts(const Spread<E>& logits, const Experts<K>& chosen, float scaling,
-                             uint lane) {
-  if (SOFTMAX) return weigh_softmax<E, K, NORM>(logits, chosen, lane);
-  return weigh_sigmoid<E, K, NORM>(logits, chosen, scaling, lane);
-}
-
-// Element i of K that every lane holds.
-template <int K>
-FUNC uint pick_index(const Experts<K>& chosen, uint i) {
-  uint v = chosen.index[0];
-  UNROLL for (int c = 1; c < K; ++c) v = i == uint(c) ? chosen.index[c] : v;
-  return v;
+FUNC Floats<K> weigh_experts(const Spread<E>& logits, float norm, const Experts<K>& chosen,
+                             float scaling, uint lane) {
+  Spread<E> whole = scaled<E>(logits, norm);
+  if (SOFTMAX) return weigh_softmax<E, K, NORM>(whole, chosen, lane);
+  return weigh_sigmoid<E, K, NORM>(whole, chosen, scaling, lane);
 }

@@ -68,10 +68,11 @@ FUNC uint load_two(const T* p) {
   return *reinterpret_cast<const uint*>(p);
 }
 
-// Eight values that an earlier kernel may have written while this one was waiting: from L2.
-FUNC Words<4> load_coherent(const void* p) {
+// 16 bytes that an earlier kernel may have written while this one was waiting. Through L1: blocks
+// beside each other ask for the same rows, and L2 hands a line out to one reader after the other.
+FUNC Words<4> load_cached(const void* p) {
   Words<4> w;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])
                : "l"(p)
                : "memory");
@@ -109,12 +110,25 @@ FUNC void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// N consecutive values of T, aligned as wide as one load of a part of them may be.
+template <int N, typename T>
+FUNC Floats<N> load_values(const T* p) {
+  constexpr int WIDTH = (N & -N) * int(sizeof(T));
+  struct alignas(WIDTH < 16 ? WIDTH : 16) Aligned {
+    T v[N];
+  };
+  Aligned all = *reinterpret_cast<const Aligned*>(p);
+  Floats<N> f;
+  UNROLL for (int i = 0; i < N; ++i) f.v[i] = float(all.v[i]);
+  return f;
+}
+
 template <typename T>
 FUNC Floats<8> load_fresh(const T* p, uint at) {
   struct alignas(16) Eight {
     T v[8];
   };
-  Words<4> w = load_coherent(p + at);
+  Words<4> w = load_cached(p + at);
   Eight e = *reinterpret_cast<Eight*>(&w);
   Floats<8> f;
   UNROLL for (int i = 0; i < 8; ++i) f.v[i] = float(e.v[i]);
@@ -123,7 +137,7 @@ FUNC Floats<8> load_fresh(const T* p, uint at) {
 FUNC Floats<8> load_fresh(const float* p, uint at) {
   Floats<8> f;
   UNROLL for (int h = 0; h < 2; ++h) {
-    Words<4> w = load_coherent(p + at + 4 * h);
+    Words<4> w = load_cached(p + at + 4 * h);
     UNROLL for (int i = 0; i < 4; ++i) f.v[4 * h + i] = as_float(w.w[i]);
   }
   return f;

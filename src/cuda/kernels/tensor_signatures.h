@@ -21,32 +21,26 @@
   IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(, 1, N, H) \
   OUT(float, out, ROWS * N)
 
+// router: [E, columns + N] as fold_router makes it, something else where E is 0. logits lack the
+// norm's scale, whose parts are in squares.
 #define GRID_LINEAR_RESIDUAL_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(WARPS) INT(COLS) INT(N) \
-  IN(float, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(float, residual, rows * N) \
-  OUT(float, out, rows * N)
+  TYPE(T) INT(ROWS) INT(WARPS) INT(COLS) INT(N) INT(E) \
+  IN(float, x, rows * COLS) GRID_IN(, 1, N, COLS) IN(float, router, E ? E * (COLS + N) : 16) \
+  IN(float, residual, rows * N) \
+  OUT(float, out, rows * N) OUT(float, logits, E ? rows * E : 1) \
+  OUT(float, squares, E ? rows * square_parts(N) : 1)
 
 #define GRID_HEADS_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(X_HEAD) INT(PART) INT(N) \
   IN(float, x, rows * HEADS * X_HEAD) GRID_IN(, HEADS, N, PART) \
   OUT(float, out, rows * HEADS * N)
 
-#define GRID_ROUTER_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(GROUP) INT(H) INT(E) \
-  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) \
-  IN(uint, gate_weight, E * H / 4) IN(T, gate_scales, E * H / GROUP) IN(T, gate_biases, E * H / GROUP) \
-  OUT(float, logits, ROWS * E)
-
-#define GRID_ROUTER_DENSE_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(H) INT(E) \
-  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) IN(T, gate, E * H) \
-  OUT(float, logits, ROWS * E)
-
 // bias: of the sigmoid router only, as scaling below. Without a shared expert gate and up stand in.
 #define GRID_GATE_UP_SIGNATURE \
   TYPE(T) INT(TILES) INT(DEPTH) INT(E) INT(K) INT(H) INT(I) BOOL(SOFTMAX) BOOL(SHARED) \
   IN(float, x, rows * H) IN(T, norm_weight, H) IN(float, eps, 16) \
-  IN(float, logits, rows * E) IN(float, bias, SOFTMAX ? 16 : E) \
+  IN(float, logits, rows * E) IN(float, squares, rows * square_parts(H)) \
+  IN(float, bias, SOFTMAX ? 16 : E) \
   GRID_IN(gate_, E, I, H) GRID_IN(up_, E, I, H) \
   GRID_IN(shared_gate_, SHARED ? 1 : E, I, H) GRID_IN(shared_up_, SHARED ? 1 : E, I, H) \
   OUT(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I)
@@ -55,6 +49,7 @@
   TYPE(T) INT(WARPS) INT(E) INT(K) INT(I) INT(D) INT(COMBINE) BOOL(NORM) BOOL(SOFTMAX) \
   BOOL(SHARED) \
   IN(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I) IN(float, logits, rows * E) \
+  IN(float, squares, rows * square_parts(D)) IN(float, eps, 16) \
   IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) GRID_IN(down_, E, D, I) \
   GRID_IN(shared_down_, SHARED ? 1 : E, D, I) IN(float, residual, rows * D) \
   OUT(float, out, rows * D)
@@ -66,10 +61,17 @@
   OUT(float, hidden, ROWS * I)
 
 #define GRID_ATTENTION_OUT_SIGNATURE \
-  TYPE(T) INT(ROWS) INT(WARPS) INT(HEADS) INT(D) INT(SPLITS) INT(N) \
+  TYPE(T) INT(ROWS) INT(WARPS) INT(HEADS) INT(D) INT(SPLITS) INT(N) INT(E) \
   IN(float, partial, ROWS * HEADS * SPLITS * D) IN(float, stats, ROWS * HEADS * SPLITS * 2) \
-  IN(uint, places, ROWS * 4) GRID_IN(, 1, N, HEADS * D) IN(float, residual, ROWS * N) \
-  OUT(float, out, ROWS * N)
+  IN(uint, places, ROWS * 4) GRID_IN(, 1, N, HEADS * D) \
+  IN(float, router, E ? E * (HEADS * D + N) : 16) IN(float, residual, ROWS * N) \
+  OUT(float, out, ROWS * N) OUT(float, logits, E ? ROWS * E : 1) \
+  OUT(float, squares, E ? ROWS * square_parts(N) : 1)
+
+#define FOLD_ROUTER_SIGNATURE \
+  TYPE(T) INT(E) INT(H) INT(K) \
+  IN(float, gate, E * H) IN(T, norm_weight, H) GRID_IN(, 1, H, K) \
+  OUT(float, out, E * (K + H))
 
 #define GRID_UNEMBED_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(LORA) INT(V) INT(SPLITS) \
@@ -95,6 +97,7 @@
 
 // Those that meet in nothing but threads, warps and barriers: the emulator runs them.
 #define MOEFUSE_GRID_KERNELS(KERNEL) \
+  KERNEL(fold_router, FOLD_ROUTER_SIGNATURE) \
   KERNEL(grid_attention_out, GRID_ATTENTION_OUT_SIGNATURE) \
   KERNEL(grid_down, GRID_DOWN_SIGNATURE) \
   KERNEL(grid_gate_up, GRID_GATE_UP_SIGNATURE) \
@@ -103,8 +106,6 @@
   KERNEL(grid_heads, GRID_HEADS_SIGNATURE) \
   KERNEL(grid_linear_residual, GRID_LINEAR_RESIDUAL_SIGNATURE) \
   KERNEL(grid_project, GRID_PROJECT_SIGNATURE) \
-  KERNEL(grid_router, GRID_ROUTER_SIGNATURE) \
-  KERNEL(grid_router_dense, GRID_ROUTER_DENSE_SIGNATURE) \
   KERNEL(grid_unembed, GRID_UNEMBED_SIGNATURE)
 #define MOEFUSE_CLUSTER_KERNELS(KERNEL) \
   KERNEL(cluster_attention_gqa, CLUSTER_ATTENTION_GQA_SIGNATURE) \
