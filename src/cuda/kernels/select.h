@@ -20,6 +20,12 @@ FUNC Spread<E> load_spread(L values, uint lane) {
   return spread;
 }
 
+template <int E>
+FUNC Spread<E> kept_here(Spread<E> values, uint lane) {
+  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) values.v[p] = shuffle(values.v[p], lane);
+  return values;
+}
+
 // Element i, the same for all lanes, of values that are spread over them.
 template <int E>
 FUNC float element_of(const Spread<E>& values, uint i) {
