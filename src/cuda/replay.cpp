@@ -311,11 +311,13 @@ std::map<std::string, std::pair<int, double>> Replay::times() {
   make_current();
   const Stream stream = make_stream();
   std::map<std::string, std::pair<int, double>> list;
+  std::set<std::pair<Function, int>> timed;
   for (const Node& first : nodes_) {
-    const std::string name = first.call.kernel->name + "<" + key_of(first.call).substr(0, 0) +
-                             std::to_string(first.call.groups.x) + "x" +
-                             std::to_string(first.call.groups.y) + ">";
-    if (list.count(name)) continue;
+    const auto& g = first.call.groups;
+    if (!timed.insert({first.function, g.x}).second) continue;
+    std::string name =
+        first.call.kernel->name + "<" + std::to_string(g.x) + "x" + std::to_string(g.y) + ">";
+    while (list.count(name)) name += "'";  // of the same text with other arguments
     begin_capture(stream);
     int calls = 0;
     for (int round = 0; round < 4; ++round)
