@@ -11,7 +11,8 @@
 # Environment: PYTHON (default .venv/bin/python), MOEFUSE_GIT_COMMIT where there is no git,
 # CAMPAIGN_MODELS (default "qwen3-30b-a3b glm-4.7-flash"), CAMPAIGN_LAYERS (of isolated, default 4),
 # CAMPAIGN_WEIGHTS (a folder that is kept, so that a second call goes on where the first was stopped;
-# default: a folder of its own, gone at the end), CAMPAIGN_KERNELS (OUT/kernels.tar.gz of an earlier
+# default: a folder of its own, gone at the end), CAMPAIGN_EVIDENCE (OUT/evidence.tar.gz of a run that
+# was stopped, of the same commit on such a GPU: goes on with its timed runs), CAMPAIGN_KERNELS (OUT/kernels.tar.gz of an earlier
 # run on such a GPU with the same MLX: saves what MLX compiles).
 # shellcheck disable=SC2086
 set -u
@@ -46,6 +47,7 @@ layers=
 [ "$mode" = isolated ] && layers=${CAMPAIGN_LAYERS:-4}
 evidence=$weights/evidence
 mkdir -p "$evidence"
+if [ -n "${CAMPAIGN_EVIDENCE:-}" ]; then tar -xzf "$CAMPAIGN_EVIDENCE" -C "$weights" || exit 2; fi
 
 pack() {
   tar -czf "$weights/evidence.tar.gz" -C "$weights" evidence &&

@@ -17,8 +17,10 @@ from moefuse.lab import (
     environment,
     faults,
     fidelity,
+    measure,
     notebook,
     ranking,
+    resume,
     roofline,
     synth,
     variants,
@@ -105,6 +107,80 @@ def test_a_stopped_campaign_is_written_up_and_goes_on(tiny, tmp_path, one_fault)
     assert text.count("## EXP-") == 1 and notebook.STOPPED not in text and "`combine`" in text
     assert bench.write_up_stopped(tmp_path) == []
     ranking.render(tmp_path)
+
+
+class Stop(Exception):
+    """As a limit of time would."""
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Every generation that is timed, and a stop in front of the one numbered `at`."""
+    counts = {"timed": 0, "at": None}
+    generate = measure.generate
+
+    def counted(*given, **more):
+        if counts["timed"] == counts["at"]:
+            raise Stop
+        counts["timed"] += 1
+        return generate(*given, **more)
+
+    monkeypatch.setattr(measure, "generate", counted)
+    return counts
+
+
+def test_a_stop_costs_one_slot_of_the_pairs(tiny, tmp_path, one_fault, timed):  # noqa: F811
+    timed["at"] = 1 + 3 + 1  # behind the forecast, a slot and a run of the second
+    first = start(tiny, tmp_path)
+    with pytest.raises(Stop):
+        bench.run(first, [ROUTER], shared=True)
+    assert [len(v) for v in first.slots.found.values()] == [3]
+    ledger_file = tmp_path / "matrix.jsonl"
+    assert not ledger_file.exists()
+    torn = first.slots.path.read_text() + '{"1 CBA router": [{"run"'
+    first.slots.path.write_text(torn)
+    timed.update(timed=0, at=None)
+    said = []
+    second = start(tiny, tmp_path, resume=True, say=said.append)
+    assert second.id == first.id
+    outcome = bench.run(second, [ROUTER], shared=True)
+    told = [line for line in said if " tok/s, " in line and line.split()[0] in ("short", "long")]
+    assert len(told) == 2 * 3  # not the first slot's
+    kept = resume.run_of(first.slots.found["0 ABC router"][1])
+    found = outcome.found[0]
+    assert found["patched"]["decode_tok_s"][0] == kept.decode_tok_s
+    assert outcome.control["baseline"]["decode_tok_s"][0] == found["baseline"]["decode_tok_s"][0]
+    decoded = found["patched"]["decoded_tokens"]
+    assert decoded == 12 + 12 + 16
+    assert found["patched"]["calls"]["moe_router"] >= 2 * decoded
+    assert not second.slots.path.exists()  # written up
+
+
+def test_pairs_beside_the_control_outlive_a_stop_behind_it(
+    tiny, tmp_path, one_fault, monkeypatch  # noqa: F811
+):  # fmt: skip
+    def stop(*_):
+        raise Stop
+
+    first = start(tiny, tmp_path)
+    monkeypatch.setattr(first, "check_variant", stop)
+    with pytest.raises(Stop):
+        bench.run(first, [ROUTER], shared=True)
+    said = []
+    second = start(tiny, tmp_path, resume=True, say=said.append)
+    outcome = bench.run(second, [ROUTER], shared=True)
+    assert [line for line in said if " tok/s, " in line] == []
+    assert len(outcome.found[0]["baseline"]["decode_tok_s"]) == 3
+
+
+def test_kept_runs_of_other_settings_are_dropped(tmp_path):
+    kept = resume.Slots(tmp_path, "a", lambda: {"git_commit": "1"})
+    kept.keep("0 AB router", [])
+    assert resume.newest(tmp_path, {"git_commit": "1"}) == "a"
+    assert resume.newest(tmp_path, {"git_commit": "2"}) is None
+    assert resume.Slots(tmp_path, "a", lambda: {"git_commit": "1"}).found == {"0 AB router": []}
+    assert resume.Slots(tmp_path, "a", lambda: {"git_commit": "2"}).found == {}
+    assert not kept.path.exists()
 
 
 def test_notebook_entries_replace_their_own_alone(tmp_path):

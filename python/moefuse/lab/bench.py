@@ -94,7 +94,8 @@ def run(
     have = stored(campaign.out, campaign.id)
     told(STOCK.name, 0)
     if STOCK.name in have:
-        campaign.adopt_control(have[STOCK.name])
+        beside = wanted[0] if shared and wanted and wanted[0].name not in have else None
+        campaign.adopt_control(have[STOCK.name], beside)
         outcome = Outcome(have[STOCK.name])
     else:
         campaign.say(campaign.forecast(wanted, shared))
@@ -119,6 +120,7 @@ def run(
         return outcome
     text = notebook.entry(outcome.control, outcome.found, outcome.skipped)
     notebook.add(campaign.out / notebook.NAME, campaign.id, text)
+    campaign.slots.forget()
     return outcome
 
 
@@ -175,6 +177,7 @@ def rerun(
         root=root,
         out=path.parent,
         command=old["meta"]["command"],
+        keep=False,
         tick=tick,
     )
     sides, done, void = campaign.run_pairs(variants.parse(old["variant"]))

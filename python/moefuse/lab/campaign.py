@@ -28,6 +28,7 @@ from . import (
     measure,
     notebook,
     prompts,
+    resume,
     roofline,
     stats,
     variants,
@@ -89,6 +90,20 @@ class Side:
         self.patterns = list(report.patterns)
         self.modules_patched = report.modules_patched
 
+    def counted(self) -> dict:
+        """All but the runs and their tokens."""
+        return {k: v for k, v in vars(self).items() if k not in ("runs", "tokens")}
+
+    def add(self, counted: dict) -> None:
+        """What another side, of one run, has counted."""
+        for name in ("calls", "fallbacks"):
+            mine = getattr(self, name)
+            for key, times in counted[name].items():
+                mine[key] = mine.get(key, 0) + times
+        self.decoded += counted["decoded"]
+        self.patterns = counted["patterns"] or self.patterns
+        self.modules_patched = counted["modules_patched"] or self.modules_patched
+
     def rates(self) -> dict:
         """This side's half of a capsule."""
         prefill = [run.prefill_tok_s for run in self.runs]
@@ -118,8 +133,9 @@ class Campaign:
     """State shared by the variants of one model.
 
     engine: the moefuse package (patch, unpatch, capabilities, __version__), or a stand-in;
-    prompts_of: tokenizer -> prompts; tick: called with token steps done, for a progress bar;
-    say: called with a line on each timed run.
+    prompts_of: tokenizer -> prompts; keep: whether timed runs stay on disk for --resume;
+    tick: called with token steps done, for a progress bar; say: called with a line on each timed
+    run.
     """
 
     def __init__(
@@ -133,6 +149,7 @@ class Campaign:
         out: Path,
         command: str,
         identity: str | None = None,
+        keep: bool = True,
         tick: Callable[[int], None] = lambda units: None,
         say: Callable[[str], None] = lambda line: None,
     ):
@@ -148,6 +165,8 @@ class Campaign:
         stamp = environment.now().replace("-", "").replace(":", "")
         suffix = "-quick" if plan.quick else ""
         self.id = identity or f"{stamp}-{checkpoint.name}{suffix}"
+        same = partial(settings, checkpoint, plan, root)
+        self.slots = resume.Slots(out, self.id, same) if keep else None
         self.oracle = fidelity.Oracle(self.model, checkpoint, plan.chunk)
         self.reference: dict[str, tuple[int, ...]] = {}  # stock's tokens, longest seen
         self.snapshots: dict[str, list] = {}  # stock's caches of long prompts
@@ -208,18 +227,36 @@ class Campaign:
             self.tick(len(prompt.ids))
         return run
 
-    def _run_slot(self, slot: Slot, letters: str, variant: Variant, sides: dict) -> None:
-        """The runs of one slot in the order of `letters`: B is the variant, others are stock."""
-        prompt = self.prompts[slot.prompt]
-        for letter in letters:
+    def _run_slot(self, at: int, letters: str, variant: Variant, sides: dict) -> None:
+        """The runs of one slot in the order of `letters`: B is the variant, others are stock.
+
+        Of a campaign that was stopped they may be on disk.
+        """
+        slot = self.schedule[at]
+        name = self._slot_name(at, letters, variant)
+        known, found = self.slots and self.slots.found.get(name), []
+        for i, letter in enumerate(letters):
             which = variant if letter == "B" else STOCK
-            run = self._generate(prompt, slot.tokens, which, sides[letter])
+            if known:
+                run, counted = resume.run_of(known[i]), known[i]["counted"]
+            else:
+                side = Side()
+                run = self._generate(self.prompts[slot.prompt], slot.tokens, which, side)
+                counted = side.counted()
+                self.say(f"{slot.length} {slot.prompt} {letter} {which.name}: {_run_line(run)}")
+            found.append(resume.record(run, counted))
+            sides[letter].add(counted)
             sides[letter].runs.append(run)
-            self.say(f"{slot.length} {slot.prompt} {letter} {which.name}: {_run_line(run)}")
             if which == STOCK:
                 self._note_stock(slot.prompt, run.tokens)
             if letter != "A":
                 sides[letter].tokens.setdefault(slot.prompt, []).append(run.tokens)
+        if self.slots and not known:
+            self.slots.keep(name, found)
+
+    @staticmethod
+    def _slot_name(at: int, letters: str, variant: Variant) -> str:
+        return f"{at} {letters} {variant.name}"
 
     def _worst(self, side: Side) -> dict[str, tuple[int, ...]]:
         """Of each prompt's runs the one that left stock's tokens first, else the longest."""
@@ -234,8 +271,8 @@ class Campaign:
         """The timed pairs; stops after the first one if the variant did not really run."""
         sides, done = {"A": Side(), "B": Side()}, []
         void = None
-        for slot in self.schedule:
-            self._run_slot(slot, slot.order, variant, sides)
+        for at, slot in enumerate(self.schedule):
+            self._run_slot(at, slot.order, variant, sides)
             done.append(slot)
             void = self._void(variant, sides["B"])
             if void:
@@ -250,17 +287,17 @@ class Campaign:
         sides = {"A": Side(), "B": Side(), "C": Side()}
         kept: tuple | Exception | None = None
         for count, slot in enumerate(self.schedule, 1):
-            letters = "ABC" if slot.order == "AB" else "CBA"
+            letters = _beside_letters(slot)
             alone = letters.replace("B", "")
             try:
-                self._run_slot(slot, letters if kept is None else alone, variant, sides)
+                self._run_slot(count - 1, letters if kept is None else alone, variant, sides)
             except (ValueError, NotImplementedError, RuntimeError) as error:
                 if kept is not None:
                     raise
                 kept = error  # the variant cannot run here: its slot again, stock alone
                 for side in sides.values():
                     del side.runs[count - 1 :]
-                self._run_slot(slot, alone, variant, sides)
+                self._run_slot(count - 1, alone, variant, sides)
                 continue
             if kept is None and (void := self._void(variant, sides["B"])):
                 kept = self._beside(sides, count, void)
@@ -466,14 +503,22 @@ class Campaign:
                 found["undamaged"][beside.name] = self._plant(faults.NONE, beside).verdict
         return found
 
-    def adopt_control(self, stored: dict) -> None:
-        """Take the control of an interrupted campaign, if it measured the same prompts."""
+    def adopt_control(self, stored: dict, beside: Variant | None = None) -> None:
+        """Take the control of an interrupted campaign, if it measured the same prompts.
+
+        beside: a variant whose pairs may have been measured with it and not judged yet.
+        """
         if stored["prompts"] != self._prompt_records():
             raise LabError("[resume] prompts: expected those of the campaign, got others")
         self.control = stored["control"]
         aa = self.control
         self._itself = fidelity.Itself(aa["self_matched"], aa["self_total"], aa.get("self_logits"))
         self.roofline = stored.get("roofline")
+        if beside and all(
+            self._slot_name(at, _beside_letters(slot), beside) in self.slots.found
+            for at, slot in enumerate(self.schedule)
+        ):
+            self.run_beside(beside)
 
     def measure_variant(self, variant: Variant) -> dict:
         """Pairs, verdict, decision -> the capsule, which is on disk when this returns."""
@@ -579,6 +624,11 @@ def _fault_errors(planted: dict[str, fidelity.Fidelity]) -> dict:
     }
 
 
+def _beside_letters(slot: Slot) -> str:
+    """A slot's order with a second stock run behind the variant's, or in front of it."""
+    return "ABC" if slot.order == "AB" else "CBA"
+
+
 def _run_line(run: measure.Run) -> str:
     prefill = f", prefill {run.prefill_tok_s:.0f}" if run.prefill_s else ""
     return f"{run.decode_tok_s:.1f} tok/s{prefill}, peak {run.peak_mem_gb:.2f} GB"
@@ -632,10 +682,9 @@ def _unlisted(out: Path, start: str = "") -> list[dict]:
     return [capsule.row(capsule.read(out / name), name) for name in missing]
 
 
-def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str | None:
-    """Id of the newest campaign with these settings, code and machine, if not written up yet."""
-    rows, _ = ledger.read(out / ledger.NAME)
-    same = {
+def settings(checkpoint: Checkpoint, plan: Plan, root: Path) -> dict:
+    """What two parts of one campaign have in common, by the names that a ledger's row has."""
+    return {
         "model_digest": checkpoint.digest,
         "hardware": environment.device_name(),
         "quick": plan.quick,
@@ -644,8 +693,16 @@ def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str
         "git_commit": environment.commit(root),
         "env": environment.flags(),
     }
+
+
+def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str | None:
+    """Id of the newest campaign with these settings, code and machine, if not written up yet."""
+    rows, _ = ledger.read(out / ledger.NAME)
+    same = settings(checkpoint, plan, root)
     rows += _unlisted(out)
     ids = [r["campaign"] for r in rows if all(r.get(k) == v for k, v in same.items())]
+    if kept := resume.newest(out, same):
+        ids.append(kept)
     book = out / notebook.NAME
     written = book.read_text(encoding="utf-8") if book.exists() else ""
     newest = max(ids, default=None)
