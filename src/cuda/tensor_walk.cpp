@@ -13,6 +13,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = 8;
 // As in kernels/attend.h and kernels/stretches.h.
 constexpr int kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
+constexpr int kExpertsOfBlock = 8;  // rows of a router that a block of o has registers for
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
 
 int slices(int columns) {
@@ -86,7 +87,9 @@ struct Taker {
   std::string operator()(const Router& s) const {
     const int width = static_cast<int>(s.norm.weight.size());
     return all({when(s.experts > 1024 || s.top_k > 16, "more experts than a warp selects from"),
-                when(width % 8, "a width that is no multiple of 8"),
+                when(width % 64, "a width that is no multiple of 64"),
+                when(metal::blocks(s.experts, metal::blocks(width, 16)) > kExpertsOfBlock,
+                     "more experts than the output projection's blocks take"),
                 when(s.options.n_group != 1, "groups of experts")});
   }
   std::string operator()(const ExpertsGateUp& s) const {

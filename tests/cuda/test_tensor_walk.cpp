@@ -151,6 +151,15 @@ void compare_tokens(const std::string& name) {
   }
 }
 
+TEST(TensorWalk, SaysWhichRouterItDoesNotTake) {
+  const moefuse::Model model = moefuse::load_model(std::string(MODELS) + "/qwen3-moe-tiny");
+  moefuse::Plan plan = moefuse::make_plan(model);
+  for (moefuse::Stage& stage : plan.stages)
+    if (auto* router = std::get_if<moefuse::Router>(&stage.work); router && stage.layer == 2)
+      router->experts = 12 * 8 + 1;  // 12 blocks of the output projection, 8 experts each
+  EXPECT_EQ(moefuse::cuda::tensor_refusal(plan),
+            "layers.2, router: more experts than the output projection's blocks take");
+}
 TEST(TensorWalk, QwenTokens) {
   compare_tokens("qwen3-moe-tiny");
 }
