@@ -10,8 +10,8 @@ from moefuse.lab.notebook import span
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "NUMBERS.md"
-HEAD = """| model | variant | decode | 95 % | A/A | tok/s | fidelity | decision |
-|---|---|---|---|---|---|---|---|
+HEAD = """| device | model | variant | decode | 95 % | A/A | tok/s | fidelity | decision |
+|---|---|---|---|---|---|---|---|---|
 """
 TABLE = re.compile(r"(<!-- table: (full|quick) -->\n).*?(<!-- end -->)", re.S)
 
@@ -20,6 +20,7 @@ def line(row: dict) -> str:
     """A table row from a row of the ledger that carries its capsule."""
     found = row["found"]
     cells = (
+        row["hardware"],
         row["model_id"],
         f"`{row['variant']}`",
         f"[{row['decode_speedup']:.3f}x](../benchmarks/{row['capsule']})",
