@@ -12,8 +12,8 @@
 # CAMPAIGN_MODELS (default "qwen3-30b-a3b glm-4.7-flash"), CAMPAIGN_LAYERS (of isolated, default 4),
 # CAMPAIGN_WEIGHTS (a folder that is kept, so that a second call goes on where the first was stopped;
 # default: a folder of its own, gone at the end), CAMPAIGN_EVIDENCE (OUT/evidence.tar.gz of a run that
-# was stopped, of the same commit on such a GPU: goes on with its timed runs), CAMPAIGN_KERNELS (OUT/kernels.tar.gz of an earlier
-# run on such a GPU with the same MLX: saves what MLX compiles).
+# was stopped, of the same commit on such a GPU: goes on with its timed runs), CAMPAIGN_KERNELS
+# (OUT/kernels.tar.gz of an earlier run on such a GPU with the same MLX: saves what MLX compiles).
 # shellcheck disable=SC2086
 set -u
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2

@@ -179,6 +179,12 @@ def test_kept_runs_of_other_settings_are_dropped(tmp_path):
     assert resume.newest(tmp_path, {"git_commit": "1"}) == "a"
     assert resume.newest(tmp_path, {"git_commit": "2"}) is None
     assert resume.Slots(tmp_path, "a", lambda: {"git_commit": "1"}).found == {"0 AB router": []}
+    with kept.path.open("a") as stream:
+        stream.write('{"1 BA rou')
+    again = resume.Slots(tmp_path, "a", lambda: {"git_commit": "1"})
+    again.keep("1 BA router", [])
+    again = resume.Slots(tmp_path, "a", lambda: {"git_commit": "1"})
+    assert list(again.found) == ["0 AB router", "1 BA router"]
     assert resume.Slots(tmp_path, "a", lambda: {"git_commit": "2"}).found == {}
     assert not kept.path.exists()
 

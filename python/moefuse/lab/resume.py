@@ -31,6 +31,8 @@ class Slots:
         lines = _lines(self.path)
         if lines and lines[0] == settings():
             self.found = {name: records for line in lines[1:] for name, records in line.items()}
+            whole = "".join(json.dumps(line) + "\n" for line in lines)
+            files.write_atomic(self.path, whole)  # a torn end would swallow what comes next
         else:
             self.path.unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ FUNC Spread<E> load_spread(L values, uint lane) {
   return spread;
 }
 
+// The values, asked for no later than here.
 template <int E>
 FUNC Spread<E> kept_here(Spread<E> values, uint lane) {
   UNROLL for (int p = 0; p < (E + 31) / 32; ++p) values.v[p] = shuffle(values.v[p], lane);
