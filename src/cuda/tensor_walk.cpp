@@ -214,13 +214,13 @@ const Router* TensorWalk::router_of_layer() const {
 void TensorWalk::add_to_residual(const char* kernel, std::vector<mx::array> inputs,
                                  std::vector<Arg> args, const Matrix& m, const Router* router,
                                  metal::Groups groups, int warps) {
-  const int experts = router ? router->experts : 0, tiles = metal::blocks(m.rows, 16);
+  const int experts = router ? router->experts : 0;
   append(inputs, m);
   inputs.push_back(router ? routers_.of(layer, *router, m) : constant(0.0f));
   inputs.push_back(hidden);
   args.insert(args.end(), {m.rows, experts});
   const mx::Shape logits = router ? mx::Shape{rows, experts} : mx::Shape{1};
-  const mx::Shape squares = router ? mx::Shape{rows, 2 * tiles} : mx::Shape{1};
+  const mx::Shape squares = router ? mx::Shape{rows, m.rows / 8} : mx::Shape{1};
   const auto out =
       outputs(kernel, inputs, args, {{rows, m.rows}, logits, squares},
               {mx::float32, mx::float32, mx::float32}, groups, 32 * warps, 0, beside(warps));

@@ -83,19 +83,23 @@ class Side:
 
     def count(self, report, before: dict[str, int]) -> None:
         """Add what a patch report has counted since `before`."""
-        for name, calls in report.calls.items():
-            self.calls[name] = self.calls.get(name, 0) + calls - before.get(name, 0)
-        for reason, times in report.fallbacks.items():
-            self.fallbacks[reason] = self.fallbacks.get(reason, 0) + times
-        self.patterns = list(report.patterns)
-        self.modules_patched = report.modules_patched
+        calls = {name: n - before.get(name, 0) for name, n in report.calls.items()}
+        self.add(
+            {
+                "calls": calls,
+                "fallbacks": report.fallbacks,
+                "decoded": 0,
+                "patterns": list(report.patterns),
+                "modules_patched": report.modules_patched,
+            }
+        )
 
     def counted(self) -> dict:
         """All but the runs and their tokens."""
         return {k: v for k, v in vars(self).items() if k not in ("runs", "tokens")}
 
     def add(self, counted: dict) -> None:
-        """What another side, of one run, has counted."""
+        """Add what counted() of another side tells."""
         for name in ("calls", "fallbacks"):
             mine = getattr(self, name)
             for key, times in counted[name].items():
@@ -234,25 +238,24 @@ class Campaign:
         """
         slot = self.schedule[at]
         name = self._slot_name(at, letters, variant)
-        known, found = self.slots and self.slots.found.get(name), []
+        known = self.slots.found.get(name) if self.slots else None
+        records = known or []
         for i, letter in enumerate(letters):
             which = variant if letter == "B" else STOCK
-            if known:
-                run, counted = resume.run_of(known[i]), known[i]["counted"]
-            else:
+            if not known:
                 side = Side()
                 run = self._generate(self.prompts[slot.prompt], slot.tokens, which, side)
-                counted = side.counted()
                 self.say(f"{slot.length} {slot.prompt} {letter} {which.name}: {_run_line(run)}")
-            found.append(resume.record(run, counted))
-            sides[letter].add(counted)
+                records.append(resume.record(run, side.counted()))
+            run = resume.run_of(records[i])
+            sides[letter].add(records[i]["counted"])
             sides[letter].runs.append(run)
             if which == STOCK:
                 self._note_stock(slot.prompt, run.tokens)
             if letter != "A":
                 sides[letter].tokens.setdefault(slot.prompt, []).append(run.tokens)
         if self.slots and not known:
-            self.slots.keep(name, found)
+            self.slots.keep(name, records)
 
     @staticmethod
     def _slot_name(at: int, letters: str, variant: Variant) -> str:

@@ -235,6 +235,16 @@ FUNC RowPart<COLS, THREADS> load_row(X x, uint thread_at) {
   return part;
 }
 
+// A row times a norm's gains.
+template <int COLS, int THREADS>
+FUNC RowPart<COLS, THREADS> gained(RowPart<COLS, THREADS> row,
+                                   const RowPart<COLS, THREADS>& gains) {
+  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
+    UNROLL for (int j = 0; j < 8; ++j) row.v[i].v[j] = mul_rn(row.v[i].v[j], gains.v[i].v[j]);
+  }
+  return row;
+}
+
 // To the grid, by THREADS threads. A barrier has to follow.
 template <int COLS, int THREADS, typename P, typename F>
 FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F sums,
@@ -246,15 +256,6 @@ FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F su
     }
   }
   if (thread_at < 4u) planes[uint(slices(COLS)) * 128u + thread_at] = 0u;
-}
-
-template <int COLS, int THREADS>
-FUNC RowPart<COLS, THREADS> gained(RowPart<COLS, THREADS> row,
-                                   const RowPart<COLS, THREADS>& gains) {
-  UNROLL for (int i = 0; i < (RowPart<COLS, THREADS>::COUNT); ++i) {
-    UNROLL for (int j = 0; j < 8; ++j) row.v[i].v[j] = mul_rn(row.v[i].v[j], gains.v[i].v[j]);
-  }
-  return row;
 }
 
 // The same of row * gains; each warp leaves its sum of squares of the row in squares[warp]: the

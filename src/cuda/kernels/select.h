@@ -224,7 +224,7 @@ FUNC Floats<K> weigh_sigmoid(const Spread<E>& logits, const Experts<K>& chosen, 
 }
 
 // What decides a router's choice. logits lack their norm's scale: a softmax's do without it.
-template <int E, int K, bool SOFTMAX>
+template <int E, bool SOFTMAX>
 FUNC Packed<E> pack_experts(const Spread<E>& logits, float norm, const Spread<E>& bias, uint lane) {
   if (SOFTMAX) return pack_logits<E>(logits, lane);
   uint keys[(E + 31) / 32];
@@ -248,7 +248,7 @@ FUNC Experts<K> choose_surely(const Spread<E>& logits, float norm, const Spread<
 template <int E, int K, bool SOFTMAX>
 FUNC Experts<K> choose_experts(const Spread<E>& logits, float norm, const Spread<E>& bias,
                                uint lane) {
-  Packed<E> packed = pack_experts<E, K, SOFTMAX>(logits, norm, bias, lane);
+  Packed<E> packed = pack_experts<E, SOFTMAX>(logits, norm, bias, lane);
   uint best[K + 1];
   UNROLL for (int c = 0; c <= K; ++c) best[c] = take_best<E>(packed);
   bool sure = true;
