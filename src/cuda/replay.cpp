@@ -27,6 +27,8 @@ namespace moefuse::cuda {
 
 namespace {
 
+constexpr int kMostCommon = 164 * 1024;  // of shared memory: beyond, the others' L1 is too small
+
 // mlx/backend/cuda/device.h: a CommandEncoder begins with a reference to its Device and the handle
 // of its stream.
 struct EncoderHead {
@@ -222,25 +224,55 @@ void Replay::launch_node(Node& node, Stream stream) {
          pointers.data(), stream, overlap_, node.call.kernel->name);
 }
 
+// Bytes of a multiprocessor's shared memory for so many blocks.
+int Replay::shared_bytes(const Node& node, int blocks) {
+  constexpr int kOfSystem = 1024;  // of each block
+  return blocks * (static_shared(node.function, node.call.kernel->name) + node.call.shared_bytes +
+                   kOfSystem);
+}
+
+// What the blocks of one kernel need that all the others share the division with, or 0.
+int Replay::common_shared_bytes() {
+  int common = 0;
+  for (const Node& node : nodes_) {
+    const auto& g = node.call.groups;
+    const int cluster = node.call.kernel->cluster, blocks = g.x * g.y * g.z;
+    if (cluster > 1 && g.x > cluster) return 0;
+    if (cluster > 1 && rows_ > 1) {
+      // A block to a multiprocessor makes room for so many clusters but one: some of the GPU's
+      // parts that a cluster must lie in have fewer multiprocessors than it has blocks.
+      const int at_once = multiprocessors() / cluster - 1;
+      const int bytes = shared_bytes(node, metal::blocks(blocks / cluster, at_once));
+      if (bytes <= kMostCommon) common = std::max(common, bytes);
+    } else if (node.call.kernel->name == "moefuse_grid_gate_up") {
+      common = std::max(common, shared_bytes(node, metal::blocks(blocks, multiprocessors())));
+    }
+  }
+  return common;
+}
+
 // A multiprocessor divides its memory between L1, where loads on their way live, and shared memory,
 // and has to be empty to divide it anew: kernels that want other parts do not overlap. All get the
-// least that holds the blocks of the experts' gate and up, which has most of them. Where a cache is
-// long, attention's blocks beside each other are worth more.
+// least that holds the blocks of the experts' gate and up, which has most of them; several rows'
+// also what their attention's clusters need to run at once, and a kernel that does not fit there,
+// which divides anew in any case, as much as its own. Where a cache is long, attention's blocks
+// beside each other are worth more.
 void Replay::split_memory() {
-  constexpr int kAll = 228 * 1024, kOfSystem = 1024;  // bytes, and of them for each block
-  constexpr int kLeast = 7;                           // percent
+  constexpr int kAll = 228 * 1024, kLeast = 7;                                // bytes, percent
+  constexpr int kSteps[] = {8, 16, 32, 64, 100, 132, 164, 196, kAll / 1024};  // of Hopper, in KB
+  const int common = common_shared_bytes();
+  if (common == 0) return;
   for (const Node& node : nodes_) {
-    const int cluster = node.call.kernel->cluster;
-    if (cluster > 1 && node.call.groups.x > cluster) return;
-  }
-  for (const Node& node : nodes_) {
-    if (node.call.kernel->name != "moefuse_grid_gate_up") continue;
-    const auto& g = node.call.groups;
-    const int blocks = metal::blocks(g.x * g.y * g.z, multiprocessors());
-    const int bytes = blocks * (static_shared(node.function, node.call.kernel->name) + kOfSystem);
-    const int percent = std::max(kLeast, metal::blocks(100 * bytes, kAll));
-    for (const Node& any : nodes_) prefer_shared(any.function, percent, any.call.kernel->name);
-    return;
+    int bytes = common;
+    if (rows_ > 1) {
+      const int resident = node.call.resident;
+      if (resident > 1 && shared_bytes(node, 1) > common) bytes = shared_bytes(node, resident);
+      const int* step = std::find_if(std::begin(kSteps), std::end(kSteps) - 1,
+                                     [&](int kb) { return kb * 1024 >= bytes; });
+      bytes = *step * 1024;
+    }
+    prefer_shared(node.function, std::max(kLeast, metal::blocks(100 * bytes, kAll)),
+                  node.call.kernel->name);
   }
 }
 

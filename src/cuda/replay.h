@@ -66,6 +66,8 @@ class Replay {
     Function function = nullptr;
     std::vector<void*> arguments;
   };
+  static int shared_bytes(const Node& node, int blocks);
+  int common_shared_bytes();
   void split_memory();
   void launch_node(Node& node, Stream stream);
   void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream);

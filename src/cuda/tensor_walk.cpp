@@ -13,6 +13,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = 8;
 // As in kernels/attend.h and kernels/stretches.h.
 constexpr int kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
+constexpr int kMostTiles = 8;       // of a block's outputs, 16 rows each
 constexpr int kExpertsOfBlock = 8;  // rows of a router that a block of o has registers for
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
 
@@ -24,17 +25,22 @@ int slices(int columns) {
 int warps_for(int pieces, int most) {
   return pieces > kWarps && pieces <= most ? pieces : kWarps;
 }
+// Tiles to a block of so many warps, at most: one where their slices, not shared evenly, would be
+// added up in another order than one tile's are.
+int most_tiles(int slices, int warps, int most) {
+  return slices <= warps || slices % warps == 0 ? most : 1;
+}
 // Of a row's values on the grid, and of its partial sums for `tiles` tiles of output.
 int grid_bytes(int columns, int tiles) {
-  return (slices(columns) * (128 + 4 + 8 + tiles * 64) + 4) * 4;
+  return slices(columns) * (136 + 4 + 4 + tiles * 64) * 4;
 }
 
 // Batches of positions, each with so many values.
 int batch_bytes(int batches, int values) {
   return batches * kBatch * values * 2;
 }
-int latent_shared_bytes(int latent, int rope) {
-  return batch_bytes(2, latent + rope + 8);
+int latent_shared_bytes(int batches, int latent, int rope) {
+  return batch_bytes(batches, latent + rope + 8);
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -76,7 +82,7 @@ struct Taker {
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
                 when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
-                when(latent_shared_bytes(s.latent_dim, s.rope_dim) > kDynamicShared,
+                when(latent_shared_bytes(2, s.latent_dim, s.rope_dim) > kDynamicShared,
                      "more latent dimensions than shared memory holds")});
   }
   std::string operator()(const LatentAttention&) const { return ""; }
@@ -190,6 +196,17 @@ TensorWalk::Tiling TensorWalk::tiling(int tile_count, int piece_count, int copie
   return {best[2], best[3]};
 }
 
+int TensorWalk::tiles_at_once(int tile_count, int copies, int resident, int most) const {
+  int best = 1, least = 1 << 30;
+  for (int tiles = 1; tiles <= most; ++tiles) {
+    const int blocks = metal::blocks(metal::blocks(tile_count, tiles) * copies, multiprocessors_);
+    if (blocks > resident || blocks * tiles >= least) continue;
+    best = tiles;
+    least = blocks * tiles;
+  }
+  return least < 1 << 30 ? best : most;
+}
+
 mx::array TensorWalk::project(const mx::array& x, const Norm& norm, const Matrix& a,
                               const Matrix* b, const Matrix* c) {
   std::vector<mx::array> inputs = {x, norm.weight, constant(norm.eps)};
@@ -250,7 +267,8 @@ void TensorWalk::run(const GroupedAttention& s) {
                      {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
                      {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
                      {mx::float32, mx::float32}, {metal::kCluster * splits_, s.kv_heads, rows},
-                     kThreads, batch_bytes(1, 2 * (s.head_dim + 8)), 2);
+                     kThreads, batch_bytes(1, 2 * (s.head_dim + 8)),
+                     rows > 1 && getenv("MF_A") ? atoi(getenv("MF_A")) : 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;
@@ -275,15 +293,19 @@ void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
   const int stride = projected.shape(-1), splits = std::min(splits_, kLatentSplits);
-  auto out = outputs(
-      "cluster_attention_mla",
-      {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
-       constant(s.scale), angles, places, cache.keys, cache.values},
-      {dtype, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
-       stride - s.latent_dim - s.rope_dim},
-      {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
-      {mx::float32, mx::float32}, {metal::kCluster * splits, metal::blocks(s.heads, 8), rows},
-      kThreads, latent_shared_bytes(s.latent_dim, s.rope_dim), 1);
+  const int groups = metal::blocks(s.heads, 8);
+  // Clusters that do not all run at once take one batch at a time, two blocks to a multiprocessor.
+  const bool many = splits == 1 && groups * rows > multiprocessors_ / metal::kCluster - 1;
+  const int batches = many ? 1 : 2;
+  auto out =
+      outputs("cluster_attention_mla",
+              {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
+               constant(s.scale), angles, places, cache.keys, cache.values},
+              {dtype, batches, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
+               stride - s.latent_dim - s.rope_dim},
+              {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
+              {mx::float32, mx::float32}, {metal::kCluster * splits, groups, rows}, kThreads,
+              latent_shared_bytes(batches, s.latent_dim, s.rope_dim), many ? 2 : 1);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;
@@ -326,11 +348,15 @@ void TensorWalk::run(const ExpertsGateUp& s) {
        {&s.gate, &s.up, shared ? &*s.shared_gate : &s.gate, shared ? &*s.shared_up : &s.up})
     append(inputs, *m);
   const int slots = r.top_k + (shared ? 1 : 0), tile_count = metal::blocks(s.gate.rows, 16);
-  const auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
+  auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
+  if (rows > 1)
+    tiles = tiles_at_once(tile_count, slots * rows, 3,
+                          most_tiles(slices(s.gate.cols), kWarps, kMostTiles));
   // Pieces of a warp on their way, and blocks that a multiprocessor has registers for. Of one tile
-  // for one row two pieces do, and three blocks: with registers for four a weight's scale is put
-  // aside in memory, which waits for it before the last weights are asked for.
-  const bool light = rows == 1 && tiles == 1;
+  // for one row, or of several rows, two pieces do, and three blocks: with registers for four a
+  // weight's scale is put aside in memory, which waits for it before the last weights are asked
+  // for.
+  const bool light = rows > 1 || tiles == 1;
   const int depth = light ? 2 : 4, blocks = light ? 3 : std::max(resident, 2);
   inner = output("grid_gate_up", inputs,
                  {dtype, tiles, depth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
@@ -355,12 +381,19 @@ void TensorWalk::run(const ExpertsDown& s) {
   const int warps = std::clamp(metal::blocks(slices(s.down.cols), 3), 1, 32 / slots);
   const mx::Dtype weight_dtype =
       s.shared_down || r.options.scoring == Scoring::sigmoid ? mx::float32 : dtype;
-  hidden = output("grid_down", inputs,
-                  {dtype, warps, r.experts, r.top_k, s.down.cols, s.down.rows,
-                   metal::combine_steps(accumulate, dtype, weight_dtype), r.options.norm_topk_prob,
-                   softmax, shared},
-                  {rows, s.down.rows}, {metal::blocks(s.down.rows, 16), rows, 1},
-                  32 * slots * warps, 32 * slots * warps > kThreads ? 1 : 2);
+  const int tile_count = metal::blocks(s.down.rows, 16), threads = 32 * slots * warps;
+  const int resident = threads > kThreads && rows == 1 ? 1 : 2;
+  // Four threads finish a row of output.
+  const int tiles = rows > 1 ? tiles_at_once(tile_count, rows, resident,
+                                             most_tiles(slices(s.down.cols), warps, threads / 64))
+                             : 1;
+  const int depth = rows > 1 ? 2 : 0;  // one row: all of a warp's pieces
+  hidden =
+      output("grid_down", inputs,
+             {dtype, tiles, warps, depth, r.experts, r.top_k, s.down.cols, s.down.rows,
+              metal::combine_steps(accumulate, dtype, weight_dtype), r.options.norm_topk_prob,
+              softmax, shared},
+             {rows, s.down.rows}, {metal::blocks(tile_count, tiles), rows, 1}, threads, resident);
 }
 
 void TensorWalk::run(const DenseGateUp& s) {

@@ -65,6 +65,10 @@ class TensorWalk : public metal::Walk {
   // Of equal ones the fewest blocks, since each brings its row to the grid for itself, or one tile
   // a block, which is faster where the weights come last.
   Tiling tiling(int tile_count, int slices, int copies = 1, bool many = false) const;
+  // Tiles to a block of several rows' experts. Each block chooses its experts and brings its row to
+  // the grid anew, which tiles one after the other pay for once: so that all run at once, at most
+  // `resident` to a multiprocessor, and the busiest one has the fewest tiles; at most `most`.
+  int tiles_at_once(int tile_count, int copies, int resident, int most) const;
   // Blocks for which a multiprocessor has to have registers: two, so that the next kernel's come
   // beside this one's, where neither several rows nor some more warps need them all; nor do 20.
   int beside(int warps) const;

@@ -15,21 +15,8 @@ struct Integers {
   int v[N];
 };
 template <typename T>
-struct Pair {
-  T v[2];
-};
-template <typename T>
-Pair<T> pair_of(T a, T b) {
-  return {{a, b}};
-}
-template <typename T>
-float element(Pair<T> p, int i) {
-  return float(p.v[i]);
-}
-template <typename T>
-Pair<T> load_pair(const emulator::Pointer<const T>& p, emulator::At at) {
-  if ((p.offset() + at.index) % 2 != 0) emulator::fail(at.where, "misaligned pair");
-  return {{p[at], p[emulator::At(at.index + 1, at.where.file, at.where.line)]}};
+T load_one(const emulator::Pointer<const T>& p, emulator::At at) {
+  return p[at];
 }
 inline Words<4> load_stream(const emulator::Pointer<const uint>& p, emulator::At at) {
   return load_words<4>(p, at);

@@ -296,9 +296,10 @@ struct GroupedRun : Rows<typename P::T> {
   }
 };
 
-template <typename Type, int Heads, int Rope, int Splits>
+template <typename Type, int Heads, int Rope, int Splits, int Batches = 2>
 struct Latent {
   using T = Type;
+  static constexpr int BATCHES = Batches;
   static constexpr int HEADS = Heads, NOPE = 32, ROPE = Rope, LORA = 128, SPLITS = Splits;
   static constexpr int KV_OFFSET = 64, KV_STRIDE = KV_OFFSET + LORA + ROPE;
 };
@@ -410,9 +411,11 @@ constexpr uint each(uint positions) {
 
 template <typename Run>
 class Attending : public testing::Test {};
-using Runs = testing::Types<
-    GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>, GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
-    LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>>;
+using Runs =
+    testing::Types<GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>,
+                   GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
+                   LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>,
+                   LatentRun<Latent<bfloat16_t, 12, 32, 1, 1>>>;
 TYPED_TEST_SUITE(Attending, Runs);
 
 TYPED_TEST(Attending, FewPositions) {
@@ -432,6 +435,23 @@ TYPED_TEST(Attending, BatchesOf80) {
 // Two stretches, or three batches where there is one.
 TYPED_TEST(Attending, Long) {
   expect_inside<TypeParam>(each(163), 2048);
+}
+
+// Rows of other lengths beside a row may choose how many batches are on their way for it.
+TEST(LatentAttention, OneBatchHasTheBitsOfTwo) {
+  using Two = LatentRun<Latent<bfloat16_t, 12, 32, 1, 2>>;
+  using One = LatentRun<Latent<bfloat16_t, 12, 32, 1, 1>>;
+  for (const uint other : {each(80), each(163)}) {
+    Two two(each(17), other);
+    One one(each(17), other);
+    static_cast<Rows<bfloat16_t>&>(one) = two;
+    one.q_latent = two.q_latent, one.q = two.q, one.kv = two.kv, one.kv_norm = two.kv_norm;
+    one.rope = two.rope, one.latents = two.latents, one.ropes = two.ropes;
+    one.latents_after = two.latents_after, one.ropes_after = two.ropes_after;
+    const Output a = output_of(one), b = output_of(two);
+    expect_same_bytes(a.partial, b.partial);
+    expect_same_bytes(a.stats, b.stats);
+  }
 }
 
 // Each block has the same two: what rounding one probability to a half would lose adds up.

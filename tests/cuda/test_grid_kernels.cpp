@@ -243,6 +243,201 @@ TEST(GridKernels, ProjectLiesInItsBound) {
   }
 }
 
+// ---- several rows, several tiles ----
+
+template <int Rows, int Cols>
+struct Together {
+  using T = bfloat16_t;
+  static constexpr int ROWS = Rows, WARPS = 8, COLS = Cols, N = 64, E = 3;
+};
+
+// What a row's products and logits are does not depend on how many rows share the weights.
+template <int ROWS, int COLS>
+void expect_rows_as_alone() {
+  using P = Together<ROWS, COLS>;
+  using Alone = Together<1, COLS>;
+  constexpr size_t N = P::N, E = P::E;
+  Stack<T> m(1, N, COLS, 4, 64);
+  const auto x = uniform_vector<float>(ROWS * COLS, -2.0f, 2.0f);
+  const auto residual = uniform_vector<float>(ROWS * N, -1.0f, 1.0f);
+  Buffer<float> router(uniform_vector<float>(E * (COLS + N), -1.0f, 1.0f));
+  const auto run = [&]<class Params>(Params, size_t first, size_t rows) {
+    const auto part = [&](const std::vector<float>& v, size_t width) {
+      return Buffer<float>(
+          std::vector<float>(v.begin() + first * width, v.begin() + (first + rows) * width));
+    };
+    Buffer<float> in = part(x, COLS), before = part(residual, N);
+    return in_every_order([&](Order order) {
+      auto out = Buffer<float>::output(rows * N), logits = Buffer<float>::output(rows * E);
+      auto squares = Buffer<float>::output(rows * square_parts(N));
+      kernels::grid_linear_residual<Params> kernel{in,     m.weight, m.scales, m.biases, router,
+                                                   before, out,      logits,   squares};
+      check_sizes(kernel, {.rows = rows, .capacity = 0, .batches = 0, .sequences = 1});
+      emulator::dispatch({N / 16, 1, 1}, 256, order, [&] { kernel(); });
+      return std::tuple(out, logits, squares);
+    });
+  };
+  const auto together = run(P{}, 0, ROWS);
+  for (size_t r = 0; r < ROWS; ++r) {
+    const auto alone = run(Alone{}, r, 1);
+    const auto same = [&](const auto& all, const auto& own, const char* what) {
+      const size_t width = own.values().size();
+      for (size_t i = 0; i < width; ++i)
+        EXPECT_EQ(as_uint(all.values()[r * width + i]), as_uint(own.values()[i]))
+            << what << ", row " << r << " of " << ROWS << ", " << i;
+    };
+    same(std::get<0>(together), std::get<0>(alone), "out");
+    same(std::get<1>(together), std::get<1>(alone), "logits");
+    same(std::get<2>(together), std::get<2>(alone), "squares");
+  }
+}
+
+TEST(GridKernels, ARowAmongOthersHasTheBitsThatItHasAlone) {
+  expect_rows_as_alone<2, 832>();
+  expect_rows_as_alone<3, 832>();
+  expect_rows_as_alone<4, 832>();
+  expect_rows_as_alone<4, 2368>();  // ten slices for eight warps
+}
+
+template <int Rows>
+struct Logits {
+  using T = bfloat16_t;
+  static constexpr int ROWS = Rows, DEPTH = 1, H = 832, N = 150;
+};
+
+template <int ROWS>
+std::vector<float> head_of(Stack<T>& m, const std::vector<float>& x, Buffer<T>& norm) {
+  using P = Logits<ROWS>;
+  Buffer<float> in(x), eps(std::vector<float>(16, 1e-6f));
+  auto [out] = in_every_order([&](Order order) {
+    auto to = Buffer<float>::output(ROWS * P::N);
+    kernels::grid_head<P> kernel{in, norm, eps, m.weight, m.scales, m.biases, to};
+    check_sizes(kernel, {.rows = ROWS, .capacity = 0, .batches = 0, .sequences = 1});
+    emulator::dispatch({1, 1, 1}, 256, order, [&] { kernel(); });
+    return std::tuple(to);
+  });
+  return out.values();
+}
+
+TEST(GridKernels, HeadOfARowAmongOthersHasTheBitsThatItHasAlone) {
+  using P = Logits<1>;
+  Stack<T> m(1, P::N, P::H, 4, 64);
+  Buffer<T> norm(uniform_vector<T>(P::H, 0.5f, 1.5f));
+  const auto x = uniform_vector<float>(4 * P::H, -3.0f, 3.0f);
+  const auto three = head_of<3>(m, {x.begin(), x.begin() + 3 * P::H}, norm);
+  const auto four = head_of<4>(m, x, norm);
+  for (size_t r = 0; r < 4; ++r) {
+    const auto alone = head_of<1>(m, {x.begin() + r * P::H, x.begin() + (r + 1) * P::H}, norm);
+    for (size_t n = 0; n < P::N; ++n) {
+      EXPECT_EQ(as_uint(four[r * P::N + n]), as_uint(alone[n])) << r << ", " << n;
+      if (r == 3) continue;
+      EXPECT_EQ(as_uint(three[r * P::N + n]), as_uint(alone[n])) << r << ", " << n;
+    }
+  }
+}
+
+template <int Tiles, int Warps, int Depth>
+struct Moe {
+  using T = bfloat16_t;
+  static constexpr int TILES = Tiles, WARPS = Warps, DEPTH = Depth, E = 5, K = 4, D = 128, I = 576;
+  static constexpr int H = 128, COMBINE = 1;
+  static constexpr bool NORM = true, SOFTMAX = true, SHARED = true;
+};
+
+// A layer's experts for two rows, the results of gate and up beside those of down.
+struct Experts5 {
+  using P = Moe<1, 1, 0>;
+  static constexpr size_t kSlots = P::K + 1;
+  Stack<T> down{P::E, P::D, P::I, 4, 64}, shared_down{1, P::D, P::I, 4, 64};
+  Stack<T> gate{P::E, P::I, P::H, 4, 64}, up{P::E, P::I, P::H, 4, 64};
+  Stack<T> shared_gate{1, P::I, P::H, 4, 64}, shared_up{1, P::I, P::H, 4, 64};
+  Buffer<float> hidden{uniform_vector<float>(kRows * kSlots * P::I, -2.0f, 2.0f)};
+  Buffer<float> logits{uniform_vector<float>(kRows * P::E, -2.0f, 2.0f)};
+  Buffer<float> x{uniform_vector<float>(kRows * P::H, -2.0f, 2.0f)};
+  Buffer<float> squares_d{uniform_vector<float>(kRows * P::D / 8, 4.0f, 8.0f)};
+  Buffer<float> squares_h{uniform_vector<float>(kRows * P::H / 8, 4.0f, 8.0f)};
+  Buffer<float> eps{std::vector<float>(16, 1e-6f)}, bias{std::vector<float>(16, 0.0f)};
+  Buffer<float> scaling{std::vector<float>(16, 1.0f)};
+  Buffer<float> residual{uniform_vector<float>(kRows * P::D, -1.0f, 1.0f)};
+  Buffer<T> norm{uniform_vector<T>(P::H, 0.5f, 1.5f)};
+
+  template <int TILES, int WARPS, int DEPTH>
+  std::vector<float> run_down() {
+    using Params = Moe<TILES, WARPS, DEPTH>;
+    auto [out] = in_every_order([&](Order order) {
+      auto to = Buffer<float>::output(kRows * P::D);
+      kernels::grid_down<Params> kernel{hidden,
+                                        logits,
+                                        squares_d,
+                                        eps,
+                                        bias,
+                                        scaling,
+                                        down.weight,
+                                        down.scales,
+                                        down.biases,
+                                        shared_down.weight,
+                                        shared_down.scales,
+                                        shared_down.biases,
+                                        residual,
+                                        to};
+      check_sizes(kernel, {.rows = kRows, .capacity = 0, .batches = 0, .sequences = 1});
+      emulator::dispatch({blocks(P::D, 16 * TILES), kRows, 1}, 32 * WARPS * kSlots, order,
+                         [&] { kernel(); });
+      return std::tuple(to);
+    });
+    return out.values();
+  }
+  template <int TILES, int DEPTH>
+  std::vector<float> run_gate_up() {
+    using Params = Moe<TILES, 8, DEPTH>;
+    auto [out] = in_every_order([&](Order order) {
+      auto to = Buffer<float>::output(kRows * kSlots * P::I);
+      kernels::grid_gate_up<Params> kernel{x,
+                                           norm,
+                                           eps,
+                                           logits,
+                                           squares_h,
+                                           bias,
+                                           gate.weight,
+                                           gate.scales,
+                                           gate.biases,
+                                           up.weight,
+                                           up.scales,
+                                           up.biases,
+                                           shared_gate.weight,
+                                           shared_gate.scales,
+                                           shared_gate.biases,
+                                           shared_up.weight,
+                                           shared_up.scales,
+                                           shared_up.biases,
+                                           to};
+      check_sizes(kernel, {.rows = kRows, .capacity = 0, .batches = 0, .sequences = 1});
+      emulator::dispatch({blocks(P::I, 16 * TILES), kSlots, kRows}, 256, order, [&] { kernel(); });
+      return std::tuple(to);
+    });
+    return out.values();
+  }
+};
+
+void expect_same_bits(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_EQ(as_uint(a[i]), as_uint(b[i])) << what << i;
+}
+
+// A batch's rows take more tiles to a block, and fewer of a warp's pieces at a time, than one row.
+// Warps that do not share a tile's slices evenly would add them up in another order: the walk does
+// not let them have several.
+TEST(GridKernels, TilesAndDepthDoNotChangeABit) {
+  Experts5 run;
+  const auto down = run.run_down<1, 1, 0>();
+  expect_same_bits(down, (run.run_down<2, 1, 2>()), "down, two tiles ");
+  expect_same_bits(down, (run.run_down<2, 1, 0>()), "down, two tiles at once ");
+  expect_same_bits(down, (run.run_down<1, 1, 2>()), "down, two pieces ");
+  const auto gate_up = run.run_gate_up<1, 4>();
+  expect_same_bits(gate_up, (run.run_gate_up<4, 2>()), "gate and up, four tiles ");
+  expect_same_bits(gate_up, (run.run_gate_up<8, 2>()), "gate and up, eight tiles ");
+}
+
 // ---- the routers ----
 
 // Runs `choose` in one warp; lane 0's choice.

@@ -32,7 +32,7 @@ struct Qwen : Common {
   static constexpr int DEPTH = 2, NQ = 256, NK = 128, NV = 128, E = 40, K = 8;
 };
 struct QwenDown : Qwen {
-  static constexpr int WARPS = 1;
+  static constexpr int WARPS = 1, DEPTH = 0;
 };
 struct QwenOut : Common {
   static constexpr int HEADS = 4, KV_HEADS = 2, D = 64, SPLITS = 1, E = 40;
@@ -45,7 +45,7 @@ struct Glm : Common {
   static constexpr bool SOFTMAX = false, SHARED = true;
 };
 struct GlmDown : Glm {
-  static constexpr int WARPS = 1;
+  static constexpr int WARPS = 1, DEPTH = 0;
 };
 struct GlmQuery : Common {
   static constexpr int H = 128, STRIDE = 288, NQ = 384, NK = 0, NV = 0;
@@ -57,7 +57,7 @@ struct GlmUnembed : Common {
   static constexpr int HEADS = 4, LORA = 128, V = 64, SPLITS = 1;
 };
 struct GlmAttention : GlmUnembed {
-  static constexpr int NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
+  static constexpr int BATCHES = 2, NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
 };
 struct GlmOut : Common {
   static constexpr int COLS = 256, E = 48;

@@ -14,43 +14,68 @@ FUNC constexpr int slices(int columns) {
   return (columns + 255) / 256;
 }
 
+// How ROWS rows of x share a product. The four lanes of a row of weights hold two groups at a time,
+// two lanes each, and a group's integers are added up on their own: so the second operand has a
+// pair of columns (high bytes, low bytes) for each of the two groups, zeros where the other one's
+// lanes stand. Its four pairs are those of two rows of x, a set; of one row, all four groups of a
+// slice. What comes out is whole groups: EACH of a slice to a lane, t % 2 and 2 + t % 2 of row t /
+// 2 of a set, or of one row group t. A row's sums have the same terms in the same order either way.
+template <int ROWS>
+struct Sharing {
+  static constexpr int SETS = (ROWS + 1) / 2, EACH = ROWS == 1 ? 1 : 2;
+  static FUNC uint group(int e, uint lane) {
+    return ROWS == 1 ? lane % 4u : 2u * uint(e) + lane % 2u;
+  }
+  static FUNC uint row(int set, uint lane) {
+    return ROWS == 1 ? 0u : 2u * uint(set) + lane % 4u / 2u;
+  }
+};
+
 // One lane's part of a tile of 16 rows and 256 columns. Lane 4 g + t holds rows g and g + 8; of
-// both, half of each of two groups.
-template <typename T>
+// both, half of each of two groups, and the scales of the groups that come out at it.
+template <typename T, int EACH>
 struct Tile {
   Words<4> words[2][2];  // [row][group]
-  Pair<T> scales[2], biases[2];
+  T scales[2][EACH], biases[2][EACH];
 };
 
 // Rows past `last` repeat it; groups past the last column get a scale of zero.
-template <int COLS, typename T, typename W, typename S>
-FUNC Tile<T> load_tile(Affine<W, S> m, uint row, uint last, uint slice, uint lane) {
+template <int COLS, typename T, int ROWS, typename W, typename S>
+FUNC Tile<T, Sharing<ROWS>::EACH> load_tile(Affine<W, S> m, uint row, uint last, uint slice,
+                                            uint lane) {
   constexpr uint GROUPS = COLS / 64;
-  Tile<T> tile;
+  Tile<T, Sharing<ROWS>::EACH> tile;
   UNROLL for (int h = 0; h < 2; ++h) {
     uint n = row + lane / 4u + 8u * uint(h);
     n = n < last ? n : last;
-    uint group = slice * 4u + lane % 4u / 2u * 2u;
-    bool first = COLS % 256 == 0 || group < GROUPS, second = COLS % 256 == 0 || group + 1u < GROUPS;
-    uint at = n * GROUPS + (first ? group : 0u), word = at * 8u + lane % 2u * 4u;
-    tile.words[h][0] = load_stream(m.weight, word);
-    tile.words[h][1] = load_stream(m.weight, word + (second ? 8u : 0u));
-    if (GROUPS % 2 == 0 && COLS % 256 == 0) {
-      tile.scales[h] = load_pair(m.scales, at);
-      tile.biases[h] = load_pair(m.biases, at);
-    } else {
-      uint next = at + (second ? 1u : 0u);
-      tile.scales[h] = pair_of(first ? m.scales[at] : T(0.0f), second ? m.scales[next] : T(0.0f));
-      tile.biases[h] = pair_of(first ? m.biases[at] : T(0.0f), second ? m.biases[next] : T(0.0f));
+    UNROLL for (int p = 0; p < 2; ++p) {
+      uint group = slice * 4u + 2u * uint(p) + lane % 4u / 2u;
+      if (COLS % 256 != 0 && group >= GROUPS) group = 0u;
+      tile.words[h][p] = load_stream(m.weight, (n * GROUPS + group) * 8u + lane % 2u * 4u);
+    }
+    UNROLL for (int e = 0; e < Sharing<ROWS>::EACH; ++e) {
+      uint group = slice * 4u + Sharing<ROWS>::group(e, lane);
+      bool in = COLS % 256 == 0 || group < GROUPS;
+      uint at = n * GROUPS + (in ? group : 0u);
+      T scale = load_one(m.scales, at), bias = load_one(m.biases, at);
+      tile.scales[h][e] = in ? scale : T(0.0f);
+      tile.biases[h][e] = in ? bias : T(0.0f);
     }
   }
   return tile;
 }
 
+// Words of a row's planes. Each slice ends in eight zeros, so that whoever wants zeros is as far
+// from them in every slice as the others are from their bytes.
+constexpr int kSliceWords = 128 + 8;
+FUNC constexpr int plane_words(int columns) {
+  return slices(columns) * kSliceWords;
+}
+
 // Eight consecutive values of a row, k a multiple of 8, to the grid. The eight lanes of a group
-// come together. planes: for each 32 columns 8 words of high bytes, then 8 of low ones; each eight
-// values their even ones, then their odd ones, as the nibbles of a word fall apart. steps: one a
-// group; sums: of the integers of 32 columns.
+// come together. planes: for each group 16 words of high bytes, then 16 of low ones; each eight
+// values their even ones, then their odd ones, as the nibbles of a word fall apart. steps and sums
+// (of the integers): one a group.
 template <typename P, typename F>
 FUNC void store_on_grid(Floats<8> v, uint k, P planes, F steps, F sums, uint lane) {
   uint top = 0u;  // as bits, so that NaN is the largest
@@ -68,136 +93,198 @@ FUNC void store_on_grid(Floats<8> v, uint k, P planes, F steps, F sums, uint lan
     b[i] = as_uint(fma_rn(v.v[i], scale, as_float(kMagic + 128u)));
     sum += b[i] - (kMagic + 128u);
   }
-  sum += shuffle_xor(sum, 1u);
-  sum += shuffle_xor(sum, 2u);
-  uint at = k / 32u * 16u + k / 8u % 4u * 2u;
+  for (uint m = 1; m < 8u; m <<= 1) sum += shuffle_xor(sum, m);
+  uint at = k / 256u * kSliceWords + k % 256u / 64u * 32u + k / 8u % 8u * 2u;
   UNROLL for (int odd = 0; odd < 2; ++odd) {
     uint near = byte_permute(b[odd], b[2 + odd], 0x5140u);
     uint far = byte_permute(b[4 + odd], b[6 + odd], 0x5140u);
     planes[at + uint(odd)] = byte_permute(near, far, 0x7632u);
-    planes[at + 8u + uint(odd)] = byte_permute(near, far, 0x5410u) ^ 0x80808080u;
+    planes[at + 16u + uint(odd)] = byte_permute(near, far, 0x5410u) ^ 0x80808080u;
   }
-  if (lane % 8u == 0u) steps[k / 64u] = div_fast(largest, kGridTop);
-  if (lane % 4u == 0u) sums[k / 32u] = float(int(sum));
+  if (lane % 8u == 0u) {
+    steps[k / 64u] = div_fast(largest, kGridTop);
+    sums[k / 64u] = float(int(sum));
+  }
 }
 
-// Words of a row's planes: behind them four zeros.
-FUNC constexpr int plane_words(int columns) {
-  return slices(columns) * 128 + 4;
-}
-
-// A lane's part of a row's slice as the tensor cores' second operand: column 2 t takes the high
-// bytes of lane t's columns, column 2 t + 1 the low ones, so that no two lanes' sums mix. The other
-// lanes' columns are zeros.
+// A lane's part of the second operand, of ROWS rows of x, and of the groups that come out at it.
+template <int ROWS>
 struct Planes {
-  Words<4> words[2][2];
-  float steps[2], sums[2];
+  using Of = Sharing<ROWS>;
+  Words<4> words[Of::SETS][2][2];  // [set][groups][half]
+  float steps[Of::SETS][Of::EACH], sums[Of::SETS][Of::EACH];
 };
 
-template <int COLS, typename P, typename F>
-FUNC Planes load_planes(P planes, F steps, F sums, uint slice, uint lane) {
-  Planes p;
-  uint t = lane % 4u;
-  bool own = lane / 8u == t;
-  UNROLL for (int j = 0; j < 2; ++j) {
-    uint group = slice * 4u + t / 2u * 2u + uint(j), chunk = group * 2u + t % 2u;
-    uint at = own ? chunk * 16u + lane / 4u % 2u * 8u : uint(slices(COLS)) * 128u;
-    p.words[j][0] = load_shared(planes, at);
-    p.words[j][1] = load_shared(planes, at + (own ? 4u : 0u));
-    p.steps[j] = steps[group];
-    p.sums[j] = sums[chunk];
+// The zeros of the first half are read from the other half's banks, and so the other way around.
+template <int COLS, int ROWS, typename P, typename F>
+FUNC Planes<ROWS> load_planes(P planes, F steps, F sums, uint slice, uint lane) {
+  using Of = Sharing<ROWS>;
+  constexpr int ZEROS = kSliceWords - 8, WORDS = plane_words(COLS), GROUPS = slices(COLS) * 4;
+  Planes<ROWS> x;
+  uint t = lane % 4u, pair = lane / 8u;  // of columns
+  UNROLL for (int set = 0; set < Of::SETS; ++set) {
+    UNROLL for (int p = 0; p < 2; ++p) {
+      uint row = ROWS == 1 ? 0u : uint(2 * set) + pair / 2u;
+      bool own = ROWS == 1 ? pair == uint(2 * p) + t / 2u : pair % 2u == t / 2u;
+      if (ROWS % 2 != 0 && ROWS > 1) own = own && row < uint(ROWS);
+      uint at = row * WORDS + (uint(2 * p) + t / 2u) * 32u + lane / 4u % 2u * 16u + t % 2u * 8u;
+      uint near = own ? at : uint(ZEROS + 4), far = own ? at + 4u : uint(ZEROS);
+      x.words[set][p][0] = load_shared(planes, slice * kSliceWords + near);
+      x.words[set][p][1] = load_shared(planes, slice * kSliceWords + far);
+    }
+    UNROLL for (int e = 0; e < Of::EACH; ++e) {
+      uint row = Of::row(set, lane), group = slice * 4u + Of::group(e, lane);
+      if (ROWS % 2 != 0) row = row < uint(ROWS) ? row : uint(ROWS - 1);
+      x.steps[set][e] = steps[row * GROUPS + group];
+      x.sums[set][e] = sums[row * GROUPS + group];
+    }
   }
-  return p;
+  return x;
 }
 
-// The lane's part of two rows' products: with the sum over the four lanes of a row they are whole.
-template <typename T>
-FUNC Floats<2> tile_dot(const Tile<T>& tile, const Planes& x) {
-  Floats<2> y = zeros<2>();
-  UNROLL for (int j = 0; j < 2; ++j) {
-    Integers<4> c = {{int(kMagic), int(kMagic), int(kMagic), int(kMagic)}};
-    UNROLL for (int i = 0; i < 4; ++i) {
-      uint a = tile.words[0][j].w[i], b = tile.words[1][j].w[i];
-      c = multiply_bytes(c, a & 0x0f0f0f0fu, b & 0x0f0f0f0fu, (a >> 4) & 0x0f0f0f0fu,
-                         (b >> 4) & 0x0f0f0f0fu, x.words[j][i / 2].w[i % 2 * 2],
-                         x.words[j][i / 2].w[i % 2 * 2 + 1]);
+// Of rows g and g + 8 of a tile, the products of the groups that come out at a lane.
+template <int ROWS>
+struct Products {
+  Floats<2> v[Sharing<ROWS>::SETS][Sharing<ROWS>::EACH];
+};
+
+template <int ROWS>
+FUNC Products<ROWS> no_products() {
+  using Of = Sharing<ROWS>;
+  Products<ROWS> y;
+  UNROLL for (int i = 0; i < Of::SETS * Of::EACH; ++i) y.v[i / Of::EACH][i % Of::EACH] = zeros<2>();
+  return y;
+}
+
+// y and a tile's products.
+template <int ROWS, typename T>
+FUNC Products<ROWS> tile_dot(Products<ROWS> y, const Tile<T, Sharing<ROWS>::EACH>& tile,
+                             const Planes<ROWS>& x) {
+  using Of = Sharing<ROWS>;
+  constexpr int MAGIC = int(kMagic);
+  UNROLL for (int set = 0; set < Of::SETS; ++set) {
+    Integers<4> c[2] = {{{MAGIC, MAGIC, MAGIC, MAGIC}}, {{MAGIC, MAGIC, MAGIC, MAGIC}}};
+    if (ROWS == 1) c[1] = {{0, 0, 0, 0}};  // a lane's group is in one of both
+    UNROLL for (int i = 0; i < 8; ++i) {
+      int p = i / 4, word = i % 4;
+      uint a = tile.words[0][p].w[word], b = tile.words[1][p].w[word];
+      Words<4> columns = x.words[set][p][word / 2];
+      c[p] = multiply_bytes(c[p], a & 0x0f0f0f0fu, b & 0x0f0f0f0fu, (a >> 4) & 0x0f0f0f0fu,
+                            (b >> 4) & 0x0f0f0f0fu, columns.w[word % 2 * 2],
+                            columns.w[word % 2 * 2 + 1]);
     }
-    UNROLL for (int h = 0; h < 2; ++h) {
-      float high = add_rn(as_float(uint(c.v[2 * h])), -as_float(kMagic));
-      float low = add_rn(as_float(uint(c.v[2 * h + 1])), -as_float(kMagic));
-      float q = fma_rn(high, 256.0f, low);  // below 2^24: exact
-      float bias = mul_rn(element(tile.biases[h], j), x.sums[j]);
-      y.v[h] = fma_rn(x.steps[j], fma_rn(element(tile.scales[h], j), q, bias), y.v[h]);
+    if (ROWS == 1) {
+      UNROLL for (int i = 0; i < 4; ++i) c[0].v[i] += c[1].v[i];
+    }
+    UNROLL for (int i = 0; i < 2 * Of::EACH; ++i) {
+      int e = i / 2, h = i % 2;
+      float high = add_rn(as_float(uint(c[e].v[2 * h])), -as_float(kMagic));
+      float low = add_rn(as_float(uint(c[e].v[2 * h + 1])), -as_float(kMagic));
+      float q = fma_rn(high, 256.0f, low), bias = mul_rn(float(tile.biases[h][e]), x.sums[set][e]);
+      float& sum = y.v[set][e].v[h];
+      sum = fma_rn(x.steps[set][e], fma_rn(float(tile.scales[h][e]), q, bias), sum);
     }
   }
   return y;
 }
 
-FUNC Floats<2> row_sums(Floats<2> y) {
+// The sums over a tile's four groups of a set's rows, in the order that whole_row has.
+template <int ROWS>
+FUNC Floats<2> row_sums(const Products<ROWS>& y, int set) {
+  using Of = Sharing<ROWS>;
+  Floats<2> whole = zeros<2>();
   UNROLL for (int h = 0; h < 2; ++h) {
-    y.v[h] = add_rn(y.v[h], shuffle_xor(y.v[h], 1u));
-    y.v[h] = add_rn(y.v[h], shuffle_xor(y.v[h], 2u));
+    float first = y.v[set][0].v[h], last = y.v[set][Of::EACH - 1].v[h];
+    first = add_rn(first, shuffle_xor(first, 1u));
+    last = ROWS == 1 ? shuffle_xor(first, 2u) : add_rn(last, shuffle_xor(last, 1u));
+    whole.v[h] = add_rn(first, last);
   }
-  return y;
+  return whole;
 }
 
-// Sums of four lanes each wait in shared memory, a row's beside each other.
-template <typename P>
-FUNC void store_tile(Floats<2> y, P parts, uint row, uint lane) {
-  parts[row * 4u + lane] = y.v[0];
-  parts[row * 4u + 32u + lane] = y.v[1];
+// Sums of a slice's four groups wait in shared memory, a row's beside each other.
+template <int ROWS, typename P>
+FUNC void store_tile(const Products<ROWS>& y, P parts, int stride, uint row, uint lane) {
+  using Of = Sharing<ROWS>;
+  UNROLL for (int set = 0; set < Of::SETS; ++set) {
+    uint of = Of::row(set, lane);
+    if (ROWS % 2 == 0 || of < uint(ROWS)) {
+      UNROLL for (int i = 0; i < 2 * Of::EACH; ++i) {
+        uint at = (row + lane / 4u + 8u * uint(i % 2)) * 4u + Of::group(i / 2, lane);
+        parts[of * uint(stride) + at] = y.v[set][i / 2].v[i % 2];
+      }
+    }
+  }
 }
 
-// What a warp of WARPS takes of TILES tiles: every WARPS-th of TILES * slices(COLS) pieces. Where
-// all of a tile's slices fall to the same warps, each warp adds its own up: then `parts` holds one
-// sum for each warp, else one for each slice.
-template <typename T, int COLS, int TILES, int WARPS>
+// What a warp of WARPS takes of TILES tiles: every WARPS-th of TILES * slices(COLS) pieces, DEPTH
+// of them on their way at a time (0: all). Where all of a tile's slices fall to the same warps,
+// each warp adds its own up: then `parts` holds one sum for each warp, else one for each slice.
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, int DEPTH = 0>
 struct Share {
   static constexpr int SLICES = slices(COLS), PIECES = TILES * SLICES;
   static constexpr int COUNT = (PIECES + WARPS - 1) / WARPS;
+  static constexpr int HELD = DEPTH > 0 && DEPTH < COUNT ? DEPTH : COUNT;
   static constexpr bool EVEN = PIECES % WARPS == 0;
   static constexpr bool OWN = TILES == 1 || SLICES % WARPS == 0;
   static constexpr int PARTS = SLICES < WARPS ? SLICES : (OWN ? WARPS : SLICES);
   static constexpr int FLOATS = PARTS * TILES * 64;  // of parts, one row of x
-  Tile<T> tiles[COUNT];
+  Tile<T, Sharing<ROWS>::EACH> tiles[HELD];
 };
 
-template <typename T, int COLS, int TILES, int WARPS, typename W, typename S>
-FUNC Share<T, COLS, TILES, WARPS> load_share(Affine<W, S> m, uint row, uint last, uint warp,
+// Its piece i of a matrix's rows from `row` on.
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, typename W, typename S>
+FUNC Tile<T, Sharing<ROWS>::EACH> load_piece(Affine<W, S> m, uint row, uint last, int i, uint warp,
                                              uint lane) {
-  using Of = Share<T, COLS, TILES, WARPS>;
+  using Of = Share<T, COLS, TILES, WARPS, ROWS>;
+  uint piece = warp + uint(i) * WARPS;
+  if (!Of::EVEN) piece = piece < uint(Of::PIECES) ? piece : uint(Of::PIECES - 1);
+  return load_tile<COLS, T, ROWS>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES,
+                                  lane);
+}
+
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, int DEPTH = 0, typename W,
+          typename S>
+FUNC Share<T, COLS, TILES, WARPS, ROWS, DEPTH> load_share(Affine<W, S> m, uint row, uint last,
+                                                          uint warp, uint lane) {
+  using Of = Share<T, COLS, TILES, WARPS, ROWS, DEPTH>;
   Of share;
-  UNROLL for (int i = 0; i < Of::COUNT; ++i) {
-    uint piece = warp + uint(i) * WARPS;
-    if (!Of::EVEN) piece = piece < uint(Of::PIECES) ? piece : uint(Of::PIECES - 1);
-    share.tiles[i] =
-        load_tile<COLS, T>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES, lane);
+  UNROLL for (int i = 0; i < Of::HELD; ++i) {
+    share.tiles[i] = load_piece<T, COLS, TILES, WARPS, ROWS>(m, row, last, i, warp, lane);
   }
   return share;
 }
 
-// parts: [PARTS][TILES * 16][4], one row of x.
-template <typename T, int COLS, int TILES, int WARPS, typename P, typename F>
-FUNC void dot_share(const Share<T, COLS, TILES, WARPS>& share, P planes, F steps, F sums, F parts,
-                    uint warp, uint lane) {
-  using Of = Share<T, COLS, TILES, WARPS>;
+// more(i): piece i. parts: of each row of x [PARTS][TILES * 16][4].
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, int DEPTH, typename M, typename P,
+          typename F>
+FUNC void dot_pieces(Share<T, COLS, TILES, WARPS, ROWS, DEPTH>& share, M more, P planes, F steps,
+                     F sums, F parts, uint warp, uint lane) {
+  using Of = Share<T, COLS, TILES, WARPS, ROWS, DEPTH>;
   constexpr int RUN = Of::OWN ? (Of::COUNT + TILES - 1) / TILES : 1;  // pieces added up
   UNROLL for (int i = 0; i < Of::COUNT; i += RUN) {
-    uint piece = warp + uint(i) * WARPS;
-    if (Of::EVEN || piece < uint(Of::PIECES)) {
-      uint part = Of::OWN ? warp : piece % Of::SLICES, tile = piece / Of::SLICES;
-      Floats<2> y = zeros<2>();
-      UNROLL for (int j = i; j < i + RUN && j < Of::COUNT; ++j) {
-        uint slice = (warp + uint(j) * WARPS) % Of::SLICES;
-        if (Of::EVEN || warp + uint(j) * WARPS < uint(Of::PIECES)) {
-          Planes x = load_planes<COLS>(planes, steps, sums, slice, lane);
-          Floats<2> one = tile_dot<T>(share.tiles[j], x);
-          UNROLL for (int h = 0; h < 2; ++h) y.v[h] = add_rn(y.v[h], one.v[h]);
-        }
+    uint first = warp + uint(i) * WARPS, tile = first / Of::SLICES;
+    uint part = Of::OWN ? warp : first % Of::SLICES;
+    Products<ROWS> y = no_products<ROWS>();
+    UNROLL for (int j = i; j < i + RUN && j < Of::COUNT; ++j) {
+      uint piece = warp + uint(j) * WARPS;
+      if (Of::EVEN || piece < uint(Of::PIECES)) {
+        Planes<ROWS> x = load_planes<COLS, ROWS>(planes, steps, sums, piece % Of::SLICES, lane);
+        y = tile_dot<ROWS, T>(y, share.tiles[j % Of::HELD], x);
       }
-      store_tile(y, parts, (part * TILES + tile) * 16u, lane);
+      if (j + Of::HELD < Of::COUNT) share.tiles[j % Of::HELD] = more(j + Of::HELD);
+    }
+    if (Of::EVEN || first < uint(Of::PIECES)) {
+      store_tile<ROWS>(y, parts, Of::FLOATS, (part * TILES + tile) * 16u, lane);
     }
   }
+}
+
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, typename P, typename F>
+FUNC void dot_share(Share<T, COLS, TILES, WARPS, ROWS>& share, P planes, F steps, F sums, F parts,
+                    uint warp, uint lane) {
+  auto none = [&](int) { return share.tiles[0]; };
+  dot_pieces<T, COLS, TILES, WARPS, ROWS, 0>(share, none, planes, steps, sums, parts, warp, lane);
 }
 
 // The product of a row, by the four lanes that hold its sums: lane 4 i + t of thread 4 row + t.
@@ -255,7 +342,9 @@ FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F su
       store_on_grid(row.v[i], k, planes, steps, sums, thread_at % 32u);
     }
   }
-  if (thread_at < 4u) planes[uint(slices(COLS)) * 128u + thread_at] = 0u;
+  for (uint i = thread_at; i < uint(slices(COLS)) * 8u; i += THREADS) {
+    planes[i / 8u * kSliceWords + 128u + i % 8u] = 0u;
+  }
 }
 
 // The same of row * gains; each warp leaves its sum of squares of the row in squares[warp]: the

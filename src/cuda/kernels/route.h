@@ -36,15 +36,19 @@ FUNC float part_dot(const RowPart<COLS, THREADS>& a, const RowPart<COLS, THREADS
   return sum;
 }
 
-// Each warp's sums in products: [EACH][warps].
-template <int EACH, int K, int N, int THREADS, typename F>
-FUNC void dot_router(const RouterPart<EACH, K, N, THREADS>& part,
-                     const RowPart<K, THREADS>& attended, const RowPart<N, THREADS>& before,
-                     F products, uint warp, uint lane) {
-  UNROLL for (int e = 0; e < EACH; ++e) {
-    float sum = part_dot<N, THREADS>(part.before[e], before, 0.0f);
-    sum = lane_sum(part_dot<K, THREADS>(part.attended[e], attended, sum));
-    if (lane == 0u) products[uint(e) * (THREADS / 32) + warp] = sum;
+// Each warp's sums in products: [ROWS][EACH][warps]. before: the layer's rows.
+template <int ROWS, int EACH, int K, int N, int THREADS, typename X, typename F>
+FUNC void dot_routers(const RouterPart<EACH, K, N, THREADS>& part,
+                      const RowPart<K, THREADS> (&attended)[ROWS], X before, F products,
+                      uint thread_at) {
+  constexpr int WARPS = THREADS / 32;
+  RowPart<N, THREADS> own[ROWS];
+  UNROLL for (int i = 0; i < ROWS; ++i) own[i] = load_row<N, THREADS>(before + i * N, thread_at);
+  UNROLL for (int i = 0; i < ROWS * EACH; ++i) {
+    int row = i / EACH, e = i % EACH;
+    float sum = part_dot<N, THREADS>(part.before[e], own[row], 0.0f);
+    sum = lane_sum(part_dot<K, THREADS>(part.attended[e], attended[row], sum));
+    if (thread_at % 32u == 0u) products[uint(i) * WARPS + thread_at / 32u] = sum;
   }
 }
 

@@ -46,8 +46,8 @@
   OUT(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I)
 
 #define GRID_DOWN_SIGNATURE \
-  TYPE(T) INT(WARPS) INT(E) INT(K) INT(I) INT(D) INT(COMBINE) BOOL(NORM) BOOL(SOFTMAX) \
-  BOOL(SHARED) \
+  TYPE(T) INT(TILES) INT(WARPS) INT(DEPTH) INT(E) INT(K) INT(I) INT(D) INT(COMBINE) BOOL(NORM) \
+  BOOL(SOFTMAX) BOOL(SHARED) \
   IN(float, hidden, rows * (K + (SHARED ? 1 : 0)) * I) IN(float, logits, rows * E) \
   IN(float, squares, rows * square_parts(D)) IN(float, eps, 16) \
   IN(float, bias, SOFTMAX ? 16 : E) IN(float, scaling, 16) GRID_IN(down_, E, D, I) \
@@ -88,7 +88,8 @@
   OUT(float, partial, rows * HEADS * SPLITS * D) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
 #define CLUSTER_ATTENTION_MLA_SIGNATURE \
-  TYPE(T) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) INT(KV_STRIDE) INT(KV_OFFSET) \
+  TYPE(T) INT(BATCHES) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) INT(KV_STRIDE) \
+  INT(KV_OFFSET) \
   IN(float, q_latent, rows * HEADS * LORA) IN(float, q, rows * HEADS * (NOPE + ROPE)) \
   IN(float, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
   IN(float, rope, rows * ROPE) IN(uint, places, rows * 4) \
