@@ -32,7 +32,7 @@ int most_tiles(int slices, int warps, int most) {
 }
 // Of a row's values on the grid, and of its partial sums for `tiles` tiles of output.
 int grid_bytes(int columns, int tiles) {
-  return slices(columns) * (136 + 4 + 4 + tiles * 64) * 4;
+  return slices(columns) * (140 + 4 + 4 + tiles * 64) * 4;
 }
 
 // Batches of positions, each with so many values.

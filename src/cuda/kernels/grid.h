@@ -31,6 +31,11 @@ struct Sharing {
   }
 };
 
+FUNC Words<4> no_words() {
+  Words<4> zero = {{0u, 0u, 0u, 0u}};
+  return zero;
+}
+
 // One lane's part of a tile of 16 rows and 256 columns. Lane 4 g + t holds rows g and g + 8; of
 // both, half of each of two groups, and the scales of the groups that come out at it.
 template <typename T, int EACH>
@@ -39,35 +44,36 @@ struct Tile {
   T scales[2][EACH], biases[2][EACH];
 };
 
-// Rows past `last` repeat it; groups past the last column get a scale of zero.
+// Rows past `last` repeat it; groups past the last column get a scale of zero. One address a row of
+// each array, the rest is constants.
 template <int COLS, typename T, int ROWS, typename W, typename S>
 FUNC Tile<T, Sharing<ROWS>::EACH> load_tile(Affine<W, S> m, uint row, uint last, uint slice,
                                             uint lane) {
+  using Of = Sharing<ROWS>;
   constexpr uint GROUPS = COLS / 64;
-  Tile<T, Sharing<ROWS>::EACH> tile;
+  Tile<T, Of::EACH> tile;
   UNROLL for (int h = 0; h < 2; ++h) {
     uint n = row + lane / 4u + 8u * uint(h);
     n = n < last ? n : last;
+    uint first = n * GROUPS + slice * 4u, own = Of::group(0, lane);
+    W words = m.weight + (first * 8u + lane % 4u * 4u);
+    S scales = m.scales + (first + own), biases = m.biases + (first + own);
     UNROLL for (int p = 0; p < 2; ++p) {
-      uint group = slice * 4u + 2u * uint(p) + lane % 4u / 2u;
-      if (COLS % 256 != 0 && group >= GROUPS) group = 0u;
-      tile.words[h][p] = load_stream(m.weight, (n * GROUPS + group) * 8u + lane % 2u * 4u);
+      bool in = COLS % 256 == 0 || slice * 4u + uint(2 * p) + lane % 4u / 2u < GROUPS;
+      tile.words[h][p] = in ? load_stream(words, 16 * p) : no_words();
     }
-    UNROLL for (int e = 0; e < Sharing<ROWS>::EACH; ++e) {
-      uint group = slice * 4u + Sharing<ROWS>::group(e, lane);
-      bool in = COLS % 256 == 0 || group < GROUPS;
-      uint at = n * GROUPS + (in ? group : 0u);
-      T scale = load_one(m.scales, at), bias = load_one(m.biases, at);
-      tile.scales[h][e] = in ? scale : T(0.0f);
-      tile.biases[h][e] = in ? bias : T(0.0f);
+    UNROLL for (int e = 0; e < Of::EACH; ++e) {
+      bool in = COLS % 256 == 0 || slice * 4u + own + uint(2 * e) < GROUPS;
+      tile.scales[h][e] = in ? load_one(scales, 2 * e) : T(0.0f);
+      tile.biases[h][e] = in ? load_one(biases, 2 * e) : T(0.0f);
     }
   }
   return tile;
 }
 
 // Words of a row's planes. Each slice ends in eight zeros, so that whoever wants zeros is as far
-// from them in every slice as the others are from their bytes.
-constexpr int kSliceWords = 128 + 8;
+// from them in every slice as the others are from their bytes; in banks that these leave free.
+constexpr int kZeros = 128 + 4, kSliceWords = kZeros + 8;
 FUNC constexpr int plane_words(int columns) {
   return slices(columns) * kSliceWords;
 }
@@ -115,11 +121,10 @@ struct Planes {
   float steps[Of::SETS][Of::EACH], sums[Of::SETS][Of::EACH];
 };
 
-// The zeros of the first half are read from the other half's banks, and so the other way around.
 template <int COLS, int ROWS, typename P, typename F>
 FUNC Planes<ROWS> load_planes(P planes, F steps, F sums, uint slice, uint lane) {
   using Of = Sharing<ROWS>;
-  constexpr int ZEROS = kSliceWords - 8, WORDS = plane_words(COLS), GROUPS = slices(COLS) * 4;
+  constexpr int WORDS = plane_words(COLS), GROUPS = slices(COLS) * 4;
   Planes<ROWS> x;
   uint t = lane % 4u, pair = lane / 8u;  // of columns
   UNROLL for (int set = 0; set < Of::SETS; ++set) {
@@ -128,9 +133,9 @@ FUNC Planes<ROWS> load_planes(P planes, F steps, F sums, uint slice, uint lane) 
       bool own = ROWS == 1 ? pair == uint(2 * p) + t / 2u : pair % 2u == t / 2u;
       if (ROWS % 2 != 0 && ROWS > 1) own = own && row < uint(ROWS);
       uint at = row * WORDS + (uint(2 * p) + t / 2u) * 32u + lane / 4u % 2u * 16u + t % 2u * 8u;
-      uint near = own ? at : uint(ZEROS + 4), far = own ? at + 4u : uint(ZEROS);
-      x.words[set][p][0] = load_shared(planes, slice * kSliceWords + near);
-      x.words[set][p][1] = load_shared(planes, slice * kSliceWords + far);
+      at = slice * kSliceWords + (own ? at : uint(kZeros));
+      x.words[set][p][0] = load_shared(planes, at);
+      x.words[set][p][1] = load_shared(planes, at + 4u);
     }
     UNROLL for (int e = 0; e < Of::EACH; ++e) {
       uint row = Of::row(set, lane), group = slice * 4u + Of::group(e, lane);
@@ -343,7 +348,7 @@ FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F su
     }
   }
   for (uint i = thread_at; i < uint(slices(COLS)) * 8u; i += THREADS) {
-    planes[i / 8u * kSliceWords + 128u + i % 8u] = 0u;
+    planes[i / 8u * kSliceWords + kZeros + i % 8u] = 0u;
   }
 }
 
