@@ -107,10 +107,10 @@ FUNC void store_on_grid(Floats<8> v, uint k, P planes, F steps, F sums, uint lan
     planes[at + uint(odd)] = byte_permute(near, far, 0x7632u);
     planes[at + 16u + uint(odd)] = byte_permute(near, far, 0x5410u) ^ 0x80808080u;
   }
-  if (lane % 8u == 0u) {
-    steps[k / 64u] = div_fast(largest, kGridTop);
-    sums[k / 64u] = float(int(sum));
-  }
+  F to = lane % 8u == 0u ? steps : sums;
+  float value = lane % 8u == 0u ? div_fast(largest, kGridTop) : float(int(sum));
+  if (lane % 8u < 2u) to[k / 64u] = value;
+  if (lane < 8u) planes[k / 256u * kSliceWords + kZeros + lane] = 0u;
 }
 
 // A lane's part of the second operand, of ROWS rows of x, and of the groups that come out at it.
@@ -346,9 +346,6 @@ FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F su
     if (k < uint(slices(COLS)) * 256u) {
       store_on_grid(row.v[i], k, planes, steps, sums, thread_at % 32u);
     }
-  }
-  for (uint i = thread_at; i < uint(slices(COLS)) * 8u; i += THREADS) {
-    planes[i / 8u * kSliceWords + kZeros + i % 8u] = 0u;
   }
 }
 
