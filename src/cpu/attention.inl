@@ -8,6 +8,12 @@ namespace moefuse::cpu {
 namespace {
 
 constexpr int kBlockRows = 64;  // that stay near while all heads go over them
+// Sums in flight, as many as have room in the registers, and the most of them for one head.
+constexpr int kSumsAtOnce = kRegisters == 1 ? 16 : 4, kSumsOfHead = 4;
+constexpr int sums_of_head(int heads) {
+  const int room = kSumsAtOnce / heads;
+  return room < kSumsOfHead ? room : kSumsOfHead;
+}
 
 template <Dtype kDtype>
 struct Constant {};
@@ -27,7 +33,7 @@ void exact_dots(const RowsArgs& a, const float* q, float* out) {
       }
       for (int i = 0; i < width; ++i) sum = sum + splat(q[k + i]) * load<f32x16>(tile[i]);
     }
-    memcpy(out + j, &sum, 4 * count);
+    store_floats(out, Dtype::float32, j, count, sum);
   }
 }
 
@@ -71,7 +77,7 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, int begin, int end, const float* q, int h, int heads, float* out,
                 int64_t out_stride) {
-  constexpr int kRows = kHeads >= 8 ? 2 : 4, kBytes = itemsize(kDtype);
+  constexpr int kRows = sums_of_head(kHeads), kBytes = itemsize(kDtype);
   const int64_t bytes = int64_t(kRows) * a.dim * kBytes;
   const int64_t from = bytes * h / heads, to = bytes * (h + kHeads) / heads;
   const float* queries = q + int64_t(h) * a.dim;
@@ -101,9 +107,7 @@ void with_heads(int heads, F&& f) {
   const auto each = [&](auto count) {
     for (; h + count() <= heads; h += count()) f(h, count);
   };
-#if defined(__AVX512F__)
-  each(Count<8>{});
-#endif
+  if constexpr (kSumsAtOnce >= 8) each(Count<8>{});
   each(Count<4>{});
   each(Count<1>{});
 }
@@ -152,13 +156,16 @@ inline void weighted_sum_columns(const RowsArgs& a, int begin, int end, const fl
   for (int j = begin; j < end; ++j, ahead += 64) {
     __builtin_prefetch(ahead, 0, 2);
     f32x16 x[kVectors];
-    for (int b = 0; b < kVectors; ++b)
-      x[b] = load_floats(a.data, kDtype, j * a.stride + d + b * kLanes, width(b));
-    for (int h = 0; h < kHeads; ++h) {
-      const f32x16 weight = splat(weights[h * weights_stride + j]);
-      for (int b = 0; b < kVectors; ++b)
-        sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
-    }
+    unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+      x[b()] = load_floats(a.data, kDtype, j * a.stride + d + b() * kLanes, width(b()));
+    });
+    unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+      const f32x16 weight = splat(weights[h() * weights_stride + j]);
+      unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+        f32x16& s = sum[h()][b()];
+        s = kExact ? s + weight * x[b()] : fused(weight, x[b()], s);
+      });
+    });
   }
   unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
     unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
@@ -170,7 +177,7 @@ inline void weighted_sum_columns(const RowsArgs& a, int begin, int end, const fl
 template <Dtype kDtype, bool kExact, int kHeads>
 void weighted_sums(const RowsArgs& a, int begin, int end, const float* weights,
                    int64_t weights_stride, float* out) {
-  constexpr int kVectors = kHeads > 4 ? 2 : 4, kColumns = kVectors * kLanes;
+  constexpr int kVectors = sums_of_head(kHeads), kColumns = kVectors * kLanes;
   const char* ahead = (const char*)a.data + end * a.stride * itemsize(kDtype);
   int d = 0;
   for (; d + kColumns <= a.dim; d += kColumns, ahead += (end - begin) * 64)
@@ -204,19 +211,21 @@ float exponentials(float* scores, int n, float* top) {
   f32x16 most = splat(-__builtin_inff());
   for (int i = 0; i < whole; i += kLanes) {
     const f32x16 v = load<f32x16>(scores + i);
-    most = v > most ? v : most;
+    most = larger(v, most);
   }
   if (rest) {
-    f32x16 v = splat(-__builtin_inff());
-    memcpy(&v, scores + whole, 4 * rest);
-    most = v > most ? v : most;
+    float last[kLanes];
+    store(last, splat(-__builtin_inff()));
+    memcpy(last, scores + whole, 4 * rest);
+    const f32x16 v = load<f32x16>(last);
+    most = larger(v, most);
   }
   float largest = most[0];
   for (int l = 1; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
   f32x16 sum{};
   for (int i = 0; i < whole; i += kLanes) {
     const f32x16 e = exp_lanes(load<f32x16>(scores + i) - splat(largest));
-    memcpy(scores + i, &e, sizeof e);
+    store(scores + i, e);
     sum = sum + e;
   }
   if (rest) {

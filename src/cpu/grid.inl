@@ -64,7 +64,7 @@ inline float grid_group(const float* x, int n, int16_t* grid, float* sum) {
   u32x16 most{};
   for (int i = 0; i < n; i += kLanes) {
     u32x16 bits = load<u32x16>(x + i) & 0x7fffffffu;
-    most = bits > most ? bits : most;
+    most = larger(bits, most);
   }
   uint32_t max_bits = 0;
   for (int l = 0; l < kLanes; ++l) max_bits = most[l] > max_bits ? most[l] : max_bits;
@@ -82,10 +82,9 @@ inline float grid_group(const float* x, int n, int16_t* grid, float* sum) {
   const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   for (int i = 0; i < n; i += kLanes) {
     f32x16 rounded = (load<f32x16>(x + i) * inverse + magic) - magic;
-    i32x16 v = __builtin_convertvector(rounded, i32x16);
+    i32x16 v = convert<i32x16>(rounded);
     total += v;
-    auto narrow = __builtin_convertvector(v, u16x16);
-    memcpy(grid + i, &narrow, sizeof narrow);
+    store(grid + i, convert<u16x16>(v));
   }
   int32_t sum_of_grid = 0;
   for (int l = 0; l < kLanes; ++l) sum_of_grid += total[l];
@@ -132,8 +131,7 @@ void prepare_bits(Dot dot, const void* x, Dtype dtype, int cols, int group_size,
     memset(values, 0, sizeof values);
     memset(grid, 0, sizeof grid);
     for (int i = 0; i < n; i += kLanes) {
-      f32x16 v = load_floats(x, dtype, k + i, kLanes);
-      memcpy(values + i, &v, sizeof v);
+      store(values + i, load_floats(x, dtype, k + i, kLanes));
     }
     for (int i = 0; i < n; i += group_size) {
       int g = (k + i) / group_size;
@@ -168,13 +166,21 @@ struct Grid {
       part[0] = Codes::integers(w);
     } else {
       part[0] = Codes::integers(w & 15);
-      part[1] = Codes::integers((u8x64)((u32x16)w >> 4) & 15);
+      part[1] = Codes::integers(cast<u8x64>(cast<u32x16>(w) >> 4) & 15);
     }
   }
   // All vectors take each step together: one alone is a chain of four dots and a shift.
   template <int kVectors>
   inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
                                                   f32x16 (&out)[kVectors]) const {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if constexpr (kBits == 4) {
+      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        out[v()] = convert<f32x16>(dot_planes<i32x16>(part[0], part[1], planes + v() * stride));
+      });
+      return;
+    }
+#endif
     constexpr int parts = 8 / kBits;
     i32x16 sum[kVectors] = {};
     unrolled<2 * parts>([&](auto i) __attribute__((always_inline)) {
@@ -185,7 +191,7 @@ struct Grid {
       });
     });
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      out[v()] = __builtin_convertvector(sum[v()], f32x16);
+      out[v()] = convert<f32x16>(sum[v()]);
     });
   }
 };
@@ -198,7 +204,7 @@ struct Float {
   f32x16 value[32 / kBits];
   explicit Float(u8x64 w) {
     for (int j = 0; j < 32 / kBits; ++j)
-      value[j] = Codes::floats((u32x16)w >> (j * kBits) & ((1u << kBits) - 1));
+      value[j] = Codes::floats(cast<u32x16>(w) >> (j * kBits) & ((1u << kBits) - 1));
   }
   template <int kVectors>
   inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
@@ -214,7 +220,8 @@ struct Float {
   }
 };
 
-// The group of each lane of chunk j, among the sixteen whose scales are at hand.
+// The scales of sixteen groups, and which of them the lanes of their chunk j take.
+#if defined(__AVX512F__)
 template <int kLanesPerGroup>
 struct LaneGroups {
   alignas(64) int32_t of[kLanesPerGroup][kLanes];
@@ -225,6 +232,28 @@ struct LaneGroups {
 };
 template <int kLanesPerGroup>
 constexpr LaneGroups<kLanesPerGroup> kLaneGroups;
+
+using GroupScales = f32x16;
+template <int kLanesPerGroup>
+struct ChunkLanes {
+  i32x16 groups;
+  explicit ChunkLanes(int j) : groups(load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j])) {}
+  f32x16 scales(GroupScales all) const { return permute(all, groups); }
+};
+#else  // in memory: no instruction permutes more than a register
+struct GroupScales {
+  alignas(64) float of[kLanes + kSpreadReadsPast];
+  MOEFUSE_INLINE void operator=(f32x16 v) { store(of, v); }
+};
+template <int kLanesPerGroup>
+struct ChunkLanes {
+  int first;
+  explicit ChunkLanes(int j) : first(j * kLanes) {}
+  MOEFUSE_INLINE f32x16 scales(const GroupScales& all) const {
+    return spread<f32x16, kLanesPerGroup>(all.of, first);
+  }
+};
+#endif
 
 template <class Codes>
 using Fused = Float<Codes, true>;
@@ -256,18 +285,18 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
     __builtin_prefetch(scales_ahead + g * scale_bytes);
     __builtin_prefetch(biases_ahead + g * scale_bytes);
     const Groups groups = Chunk::Codes::groups(w, first + g, n);
-    f32x16 scale[kVectors];
+    GroupScales scale[kVectors];
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const char* vector = x + v() * x_stride;
       scale[v()] = groups.scale * load<f32x16>(vector + at.steps() + 4 * g);
       bias_sum[v()] = fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v()]);
     });
     const auto step = [&](u8x64 bytes, int j) __attribute__((always_inline)) {
-      const auto lane_groups = load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j]);
+      const ChunkLanes<kLanesPerGroup> lanes(j);
       f32x16 dot[kVectors];
       Chunk(bytes).dots(planes, x_stride, dot);
       unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        sum[v()] = fused(dot[v()], permute(scale[v()], lane_groups), sum[v()]);
+        sum[v()] = fused(dot[v()], lanes.scales(scale[v()]), sum[v()]);
       });
       planes += at.plane_bytes;
     };
@@ -276,7 +305,7 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
       __builtin_prefetch(weight + ahead.weight, 0, 2);
       step(load<u8x64>(weight), j);
     }
-    if (g + kLanes >= at.groups && weight < end) step(load_bytes(weight, end - weight), j);
+    if (g + kLanes >= at.groups && weight < end) step(load_bytes<u8x64>(weight, end - weight), j);
   }
   unrolled<kVectors>([&](auto v)
                          __attribute__((always_inline)) { out[v()] = sum[v()] + bias_sum[v()]; });
