@@ -19,21 +19,25 @@ template <Dtype kDtype>
 struct Constant {};
 
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
-// before its one cast. The lanes are sixteen rows.
-void exact_dots(const RowsArgs& a, const float* q, float* out) {
+// before its one cast. The lanes are sixteen rows, whose tile serves all heads.
+void exact_dots(const RowsArgs& a, const float* q, int heads, float* out, int64_t out_stride) {
   for (int j = 0; j < a.rows; j += kLanes) {
     const int count = a.rows - j < kLanes ? a.rows - j : kLanes;
-    f32x16 sum{};
     for (int k = 0; k < a.dim; k += kLanes) {
       const int width = a.dim - k < kLanes ? a.dim - k : kLanes;
-      float tile[kLanes][kLanes] = {};
-      for (int l = 0; l < count; ++l) {
-        const f32x16 row = load_floats(a.data, a.dtype, (j + l) * a.stride + k, width);
-        for (int i = 0; i < kLanes; ++i) tile[i][l] = row[i];
+      float row[kLanes][kLanes] = {}, tile[kLanes][kLanes];
+      for (int l = 0; l < count; ++l)
+        store(row[l], load_floats(a.data, a.dtype, (j + l) * a.stride + k, width));
+      for (int i = 0; i < width; ++i)
+        store(tile[i], from_lanes<f32x16>([&](int l) { return row[l][i]; }));
+      for (int h = 0; h < heads; ++h) {
+        float* sums = out + h * out_stride;
+        f32x16 sum = k ? load_floats(sums, Dtype::float32, j, count) : f32x16{};
+        for (int i = 0; i < width; ++i)
+          sum = sum + splat(q[int64_t(h) * a.dim + k + i]) * load<f32x16>(tile[i]);
+        store_floats(sums, Dtype::float32, j, count, sum);
       }
-      for (int i = 0; i < width; ++i) sum = sum + splat(q[k + i]) * load<f32x16>(tile[i]);
     }
-    store_floats(out, Dtype::float32, j, count, sum);
   }
 }
 
@@ -121,10 +125,7 @@ void with_blocks(int rows, F&& f) {
 
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
           int64_t out_stride) {
-  if (exact) {
-    for (int h = 0; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
-    return;
-  }
+  if (exact) return exact_dots(a, q, heads, out, out_stride);
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
     with_blocks(a.rows, [&](int begin, int end) {
       with_heads(heads, [&](int h, auto count) {

@@ -244,8 +244,7 @@ MOEFUSE_INLINE I dot_planes(V even, V odd, const char* planes) {
 }
 #endif
 
-// Lane l is p[(first + l) / kRepeat]. Part of what is read may lie kSpreadReadsPast beyond it.
-constexpr int kSpreadReadsPast = 3;
+// Lane l is p[(first + l) / kRepeat]; `first` is a multiple of the lanes in a register.
 template <class V, int kRepeat>
 MOEFUSE_INLINE V spread(const float* p, int first) {
   if constexpr (kIsPair<V>) {
@@ -255,22 +254,55 @@ MOEFUSE_INLINE V spread(const float* p, int first) {
     return splat_to<V>(p[first / kRepeat]);
   } else {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m128 four = _mm_loadu_ps(p + first / kRepeat);
+    // No more than is wanted: a load of parts of two stores would wait for both.
+    const float* from = p + first / kRepeat;
+    const __m128 some = kRepeat == 4 ? _mm_castpd_ps(_mm_load_sd((const double*)from))
+                                     : _mm_loadu_ps(from);
     const auto index = from_lanes<Part<i32x16>>([](int l) { return l / kRepeat; });
-    return (V)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(four), (__m256i)index);
+    return (V)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(some), (__m256i)index);
 #else
     return from_lanes<V>([&](int l) { return p[(first + l) / kRepeat]; });
 #endif
   }
 }
 
+// `bytes` < 16 from p, the rest zero, without a detour through memory: a vector read from where
+// bytes were just stored waits for them.
+[[maybe_unused]] inline u64x2 load_few(const char* p, int bytes) {
+  const auto overlap = [&]<class T>(T, int n) {  // sizeof(T) <= n < 2 * sizeof(T)
+    T low, high;
+    memcpy(&low, p, sizeof low);
+    memcpy(&high, p + n - sizeof high, sizeof high);
+    return u64x2{low, high};
+  };
+  if (bytes > 8) {
+    const u64x2 v = overlap(uint64_t{}, bytes);
+    return u64x2{v[0], v[1] >> (128 - 8 * bytes)};
+  }
+  if (bytes >= 4) {
+    const u64x2 v = overlap(uint32_t{}, bytes);
+    return u64x2{v[0] | v[1] << (8 * bytes - 32), 0};
+  }
+  uint64_t v = 0;
+  for (int i = bytes; i-- > 0;) v = v << 8 | (uint8_t)p[i];
+  return u64x2{v, 0};
+}
+
 // The first n lanes from p, the rest zero, and back; neither touches anything behind them.
 template <class V>
 MOEFUSE_INLINE V load_first(const LaneOf<V>* p, int n) {
-  if (n == kLanesOf<V>) return load<V>(p);
-  LaneOf<V> lanes[kLanesOf<V>] = {};
-  memcpy(lanes, p, n * sizeof *p);
-  return load<V>(lanes);
+  if (n >= kLanesOf<V>) return load<V>(p);
+  if constexpr (kIsPair<V>) {
+    using Half = typename V::Half;
+    constexpr int kHalf = kLanesOf<Half>;
+    return {load_first<Half>(p, n), n > kHalf ? load_first<Half>(p + kHalf, n - kHalf) : Half{}};
+  } else if constexpr (sizeof(V) == 16) {
+    return (V)load_few((const char*)p, n * sizeof *p);
+  } else {
+    LaneOf<V> lanes[kLanesOf<V>] = {};
+    memcpy(lanes, p, n * sizeof *p);
+    return load<V>(lanes);
+  }
 }
 template <class V>
 MOEFUSE_INLINE void store_first(LaneOf<V>* p, int n, V v) {

@@ -242,7 +242,7 @@ struct ChunkLanes {
 };
 #else  // in memory: no instruction permutes more than a register
 struct GroupScales {
-  alignas(64) float of[kLanes + kSpreadReadsPast];
+  alignas(64) float of[kLanes];
   MOEFUSE_INLINE void operator=(f32x16 v) { store(of, v); }
 };
 template <int kLanesPerGroup>

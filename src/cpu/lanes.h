@@ -107,6 +107,7 @@ using u16x16 = Vector<uint16_t, 16>;
 using u8x16 = Vector<uint8_t, 16>;
 using u8x64 = Vector<uint8_t, 64>;
 using s8x64 = Vector<int8_t, 64>;
+typedef uint64_t u64x2 __attribute__((vector_size(16)));
 
 template <class V>
 MOEFUSE_INLINE V load(const void* p) {
