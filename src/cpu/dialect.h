@@ -10,7 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
@@ -18,16 +18,6 @@
 
 namespace moefuse::cpu {
 namespace {
-
-// One register of a vector: what an instruction takes.
-template <class V>
-struct PartOf {
-  using type = V;
-};
-template <class V>
-struct PartOf<Pair<V>> : PartOf<V> {};
-template <class V>
-using Part = typename PartOf<V>::type;
 
 template <int kCount>
 struct Count {
@@ -44,36 +34,36 @@ inline __attribute__((always_inline)) void unrolled(F&& f) {
   }
 }
 
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kHasByteDots = true;
 // acc[l] += sum of w[4l + i] * x[4l + i], i in 0..3, exactly.
 [[maybe_unused]] MOEFUSE_INLINE Part<i32x16> dot_bytes(Part<i32x16> acc, Part<u8x64> w,
                                                        Part<s8x64> x) {
 #if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-  // maddubs saturates at 16 bits (255 * 128 * 2 does not fit), so the weights go in two nibbles.
-  const __m256i nibble = _mm256_set1_epi8(15), bytes = (__m256i)x;
-  const __m256i low = _mm256_and_si256((__m256i)w, nibble);
-  const __m256i high = _mm256_and_si256(_mm256_srli_epi16((__m256i)w, 4), nibble);
-  const __m256i low_sum =
-      _mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), _mm256_set1_epi16(1));
-  const __m256i high_sum =
-      _mm256_madd_epi16(_mm256_maddubs_epi16(high, bytes), _mm256_set1_epi16(16));
-  return acc + (Part<i32x16>)_mm256_add_epi32(low_sum, high_sum);
-#elif defined(__ARM_FEATURE_DOTPROD)
+#else
   // sdot takes signed bytes: w - 128 is one, and 128 * (sum of x) is added back.
   const int8x16_t bytes = (int8x16_t)x;
   const int8x16_t centred = vreinterpretq_s8_u8(veorq_u8((uint8x16_t)w, vdupq_n_u8(128)));
   const int32x4_t total = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), bytes);
   const int32x4_t sum = vdotq_s32((int32x4_t)acc, centred, bytes);
   return (Part<i32x16>)vaddq_s32(sum, vshlq_n_s32(total, 7));
-#else
-  return acc + from_lanes<Part<i32x16>>([&](int l) {
-    int32_t sum = 0;
-    for (int i = 4 * l; i < 4 * l + 4; ++i) sum += int32_t(w[i]) * x[i];
-    return sum;
-  });
 #endif
 }
+#else
+constexpr bool kHasByteDots = false;
+// w[2l] * x[2l] + w[2l + 1] * x[2l + 1], exactly.
+[[maybe_unused]] MOEFUSE_INLINE Part<i32x16> dot_pairs(Part<s16x32> w, Part<s16x32> x) {
+#if defined(__AVX2__)
+  return (Part<i32x16>)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+  return (Part<i32x16>)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+  return from_lanes<Part<i32x16>>(
+      [&](int l) { return w[2 * l] * x[2 * l] + w[2 * l + 1] * x[2 * l + 1]; });
+#endif
+}
+#endif
 
 // a * b + c, rounded once.
 [[maybe_unused]] MOEFUSE_INLINE Part<f32x16> fused(Part<f32x16> a, Part<f32x16> b,
@@ -89,23 +79,18 @@ inline __attribute__((always_inline)) void unrolled(F&& f) {
 #endif
 }
 
-// v[index[l]]; only the low four bits of an index count.
-[[maybe_unused]] MOEFUSE_INLINE f32x16 permute(f32x16 v, i32x16 index) {
+// table[index[l]]; only the low four bits of an index count.
+[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> lookup(const float (&table)[kLanes],
+                                                    Part<i32x16> index) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, (__m512)v);
+  return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_loadu_ps(table));
 #elif defined(__AVX2__)
-  const auto part = [&](Part<i32x16> at) __attribute__((always_inline)) {
-    const __m256i lanes = (__m256i)at;
-    const __m256 low = _mm256_permutevar8x32_ps((__m256)v.low, lanes);
-    const __m256 high = _mm256_permutevar8x32_ps((__m256)v.high, lanes);
-    const __m256 is_high = (__m256)_mm256_slli_epi32(lanes, 28);  // bit 3 as the sign
-    return (Part<f32x16>)_mm256_blendv_ps(low, high, is_high);
-  };
-  return {part(index.low), part(index.high)};
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  const __m256 is_high = (__m256)_mm256_slli_epi32((__m256i)index, 28);  // bit 3 as the sign
+  return (Part<f32x16>)_mm256_blendv_ps(low, high, is_high);
 #else
-  float lanes[kLanes];
-  store(lanes, v);
-  return from_lanes<f32x16>([&](int l) { return lanes[index[l] & 15]; });
+  return from_lanes<Part<f32x16>>([&](int l) { return table[index[l] & 15]; });
 #endif
 }
 
@@ -197,17 +182,13 @@ inline __attribute__((always_inline)) void unrolled(F&& f) {
 }
 
 // What is written above for one register goes over the halves of a Pair.
-template <class I, class U, class S>
-MOEFUSE_INLINE Pair<I> dot_bytes(Pair<I> acc, Pair<U> w, Pair<S> x) {
-  return {dot_bytes(acc.low, w.low, x.low), dot_bytes(acc.high, w.high, x.high)};
-}
 template <class V>
 MOEFUSE_INLINE Pair<V> fused(Pair<V> a, Pair<V> b, Pair<V> c) {
   return {fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)};
 }
 template <class V>
-MOEFUSE_INLINE Pair<V> lookup(const uint8_t (&table)[16], Pair<V> index) {
-  return {lookup(table, index.low), lookup(table, index.high)};
+MOEFUSE_INLINE auto lookup(const float (&table)[kLanes], Pair<V> index) {
+  return Pair{lookup(table, index.low), lookup(table, index.high)};
 }
 template <class V>
 MOEFUSE_INLINE auto widen_half(Pair<V> v) {
@@ -222,48 +203,20 @@ MOEFUSE_INLINE auto widen_bfloat16(Pair<V> v) {
   return Pair{widen_bfloat16(v.low), widen_bfloat16(v.high)};
 }
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-// 256 * (even . planes[0] + odd . planes[1]) + (even . planes[2] + odd . planes[3]), four products
-// to a lane, for integers up to 24: two products of each plane stay in 16 bits, where maddubs
-// saturates, since 4 * 24 * 128 = 12,288.
-template <class I, class V>
-MOEFUSE_INLINE I dot_planes(V even, V odd, const char* planes) {
-  if constexpr (kIsPair<V>) {
-    using Half = typename I::Half;
-    return {dot_planes<Half>(even.low, odd.low, planes),
-            dot_planes<Half>(even.high, odd.high, planes + sizeof even.low)};
-  } else {
-    const auto pairs = [&](int i) __attribute__((always_inline)) {
-      const auto x = [&](int plane) { return load<__m256i>(planes + 64 * plane); };
-      return _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)even, x(i)),
-                              _mm256_maddubs_epi16((__m256i)odd, x(i + 1)));
-    };
-    return (I)_mm256_add_epi32(_mm256_madd_epi16(pairs(0), _mm256_set1_epi16(256)),
-                               _mm256_madd_epi16(pairs(2), _mm256_set1_epi16(1)));
-  }
-}
-#endif
-
-// Lane l is p[(first + l) / kRepeat]; `first` is a multiple of the lanes in a register.
-template <class V, int kRepeat>
-MOEFUSE_INLINE V spread(const float* p, int first) {
-  if constexpr (kIsPair<V>) {
-    using Half = typename V::Half;
-    return {spread<Half, kRepeat>(p, first), spread<Half, kRepeat>(p, first + kLanesOf<Half>)};
-  } else if constexpr (kRepeat >= kLanesOf<V>) {
-    return splat_to<V>(p[first / kRepeat]);
-  } else {
+// Lane l of a register is p[(first + l) / kRepeat], `first` a multiple of its lanes.
+template <int kRepeat>
+MOEFUSE_INLINE Part<f32x16> spread(const float* p, int first) {
+  const float* from = p + first / kRepeat;
+  if constexpr (kRepeat >= kLanesOf<Part<f32x16>>) return splat_to<Part<f32x16>>(*from);
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    // No more than is wanted: a load of parts of two stores would wait for both.
-    const float* from = p + first / kRepeat;
-    const __m128 some = kRepeat == 4 ? _mm_castpd_ps(_mm_load_sd((const double*)from))
-                                     : _mm_loadu_ps(from);
-    const auto index = from_lanes<Part<i32x16>>([](int l) { return l / kRepeat; });
-    return (V)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(some), (__m256i)index);
+  // No more than is wanted: a load of parts of two stores would wait for both.
+  const __m128 some =
+      kRepeat == 4 ? _mm_castpd_ps(_mm_load_sd((const double*)from)) : _mm_loadu_ps(from);
+  const auto index = from_lanes<Part<i32x16>>([](int l) { return l / kRepeat; });
+  return (Part<f32x16>)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(some), (__m256i)index);
 #else
-    return from_lanes<V>([&](int l) { return p[(first + l) / kRepeat]; });
+  return from_lanes<Part<f32x16>>([&](int l) { return from[l / kRepeat]; });
 #endif
-  }
 }
 
 // `bytes` < 16 from p, the rest zero, without a detour through memory: a vector read from where

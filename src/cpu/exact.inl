@@ -50,7 +50,7 @@ struct Fp4Sum {
     scale = rounded<T>(kScale(from_lanes<u32x16>([&](int l) { return scales[first[l]]; })));
   }
   MOEFUSE_INLINE f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
-    group = rounded<T>(group + rounded<T>(x * permute(load<f32x16>(kE2m1), cast<i32x16>(codes))));
+    group = rounded<T>(group + rounded<T>(x * lookup(kE2m1, cast<i32x16>(codes))));
     return sum;
   }
   MOEFUSE_INLINE f32x16 finish(f32x16 sum) const { return rounded<T>(sum + rounded<T>(scale * group)); }

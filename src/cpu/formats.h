@@ -23,8 +23,10 @@ struct Groups {
 template <int bits>
 struct AffineCodes {
   static constexpr int kBits = bits;
-  static u8x64 integers(u8x64 codes) { return codes; }
-  static f32x16 floats(u32x16 codes) { return convert<f32x16>(cast<i32x16>(codes)); }
+  static Part<u8x64> integers(Part<u8x64> codes) { return codes; }
+  static Part<f32x16> floats(Part<u32x16> codes) {
+    return convert<Part<f32x16>>((Part<i32x16>)codes);
+  }
   static int scale_bytes(const QuantizedMatrix& w) { return itemsize(w.dtype); }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {
     return {load_floats(w.scales, w.dtype, first, n), load_floats(w.biases, w.dtype, first, n)};
@@ -49,15 +51,15 @@ constexpr float kE2m1[kLanes] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
 template <f32x16 (*kScale)(u32x16)>
 struct Fp4Codes {
   static constexpr int kBits = 4;
-  static u8x64 integers(u8x64 codes) {
+  static Part<u8x64> integers(Part<u8x64> codes) {
     static constexpr uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                           12, 11, 10, 9,  8,  6,  4,  0};
     return lookup(table, codes);
   }
-  static f32x16 floats(u32x16 codes) {
+  static Part<f32x16> floats(Part<u32x16> codes) {
     static constexpr float table[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                         12, 11, 10, 9,  8,  6,  4,  0};
-    return permute(load<f32x16>(table), cast<i32x16>(codes));
+    return lookup(table, (Part<i32x16>)codes);
   }
   static int scale_bytes(const QuantizedMatrix&) { return 1; }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {

@@ -12,9 +12,10 @@
 // from memory takes some 6 to 10.
 //
 // Dot::grid. The activations of a group go on the grid of the step 2^e, the least power of two
-// with max|x| <= 32639 * 2^e, as v = 256 * high + low, two int8 planes. bfloat16 values down to
-// 1/64 of their group's maximum lie on that grid exactly. Headroom: a lane adds up four products
-// (eight with 4 bits) of at most 255 * 127, times 256: |sum| <= 4 * 255 * 32639 < 2^26.
+// with max|x| <= 32639 * 2^e, as v = 256 * high + low, two int8 planes, or, where no instruction
+// multiplies bytes without saturating, as int16. bfloat16 values down to 1/64 of their group's
+// maximum lie on that grid exactly. Headroom: a lane adds up four products (eight with 4 bits) of
+// at most 255 * 127, times 256: |sum| <= 4 * 255 * 32639 < 2^26; of int16, the same sum.
 // Error, u = 2^-24, x~ = activations on the grid, C = chunks in a row, G = ceil(groups / 16):
 //   |y - W x| <= sum_k |W_k| step/2  +  u (C + G + 8) sum_k (|s_g q_k x~_k| + |b_g x~_k|)
 // The first term is the grid; in the second each chunk's sum is rounded on conversion (1), its
@@ -31,6 +32,9 @@ namespace {
 constexpr int kChunk = 64;            // bytes of a row handled at once
 constexpr int kPrefetch = 64 * 128;   // bytes ahead, to the second cache
 constexpr float kGridMax = 32639.0f;  // 127 * 256 + 127
+
+// What the grid's planes are made of, two bytes for each k in any case.
+using PlaneType = std::conditional_t<kHasByteDots, int8_t, int16_t>;
 
 // Where the parts of a prepared vector are: planes, then step and sum for each group.
 struct Layout {
@@ -106,6 +110,17 @@ inline void split_planes(const int16_t* grid, int8_t* planes) {
   }
 }
 
+// The int16 planes of one chunk, for the even bytes of its weights and for the odd ones; with 4 bits
+// both of the low codes, then both of the high ones.
+template <int kBits>
+inline void split_planes(const int16_t* grid, int16_t* planes) {
+  constexpr int parts = 8 / kBits, kPlane = kChunk / 2;
+  for (int j = 0; j < 2 * parts; ++j) {
+    const int first = j % 2 * parts + j / 2;
+    for (int i = 0; i < kPlane; ++i) planes[j * kPlane + i] = grid[i * 2 * parts + first];
+  }
+}
+
 // Float planes of one chunk: plane j holds value j of each of the 16 words.
 template <int kBits>
 inline void transpose_words(const float* x, float* planes) {
@@ -147,51 +162,65 @@ void prepare_bits(Dot dot, const void* x, Dtype dtype, int cols, int group_size,
     for (int i = 0; i < n; i += span) {
       char* planes = base + (k + i) / span * at.plane_bytes;
       if (dot == Dot::grid)
-        split_planes<kBits>(grid + i, (int8_t*)planes);
+        split_planes<kBits>(grid + i, (PlaneType*)planes);
       else
         transpose_words<kBits>(values + i, (float*)planes);
     }
   }
 }
 
-// A chunk's weights, unpacked once and used for every vector: Grid keeps bytes, Float floats.
+// The weights in one register of a chunk, unpacked once and used for every vector: Grid keeps bytes
+// or int16, Float floats.
 template <class C>
 struct Grid {
   using Codes = C;
   static constexpr Dot kDot = Dot::grid;
-  static constexpr int kBits = Codes::kBits;
-  u8x64 part[8 / kBits];
-  explicit Grid(u8x64 w) {
+  static constexpr int kBits = Codes::kBits, kParts = 8 / kBits;
+  Part<u8x64> bytes[kParts];
+  MOEFUSE_INLINE explicit Grid(Part<u8x64> w) {
     if constexpr (kBits == 8) {
-      part[0] = Codes::integers(w);
+      bytes[0] = Codes::integers(w);
     } else {
-      part[0] = Codes::integers(w & 15);
-      part[1] = Codes::integers(cast<u8x64>(cast<u32x16>(w) >> 4) & 15);
+      bytes[0] = Codes::integers(w & 15);
+      bytes[1] = Codes::integers((Part<u8x64>)((Part<u32x16>)w >> 4) & 15);
     }
   }
+  template <int kVectors>
+  MOEFUSE_INLINE void dots(const char* planes, int64_t stride,
+                           Part<f32x16> (&out)[kVectors]) const {
+    Part<i32x16> sum[kVectors] = {};
+    if constexpr (kHasByteDots)
+      add_bytes(planes, stride, sum);
+    else
+      add_pairs(planes, stride, sum);
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      out[v()] = convert<Part<f32x16>>(sum[v()]);
+    });
+  }
+
+ private:
   // All vectors take each step together: one alone is a chain of four dots and a shift.
   template <int kVectors>
-  inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
-                                                  f32x16 (&out)[kVectors]) const {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    if constexpr (kBits == 4) {
+  MOEFUSE_INLINE void add_bytes(const char* planes, int64_t stride,
+                                Part<i32x16> (&sum)[kVectors]) const {
+    unrolled<2 * kParts>([&](auto i) __attribute__((always_inline)) {
       unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        out[v()] = convert<f32x16>(dot_planes<i32x16>(part[0], part[1], planes + v() * stride));
-      });
-      return;
-    }
-#endif
-    constexpr int parts = 8 / kBits;
-    i32x16 sum[kVectors] = {};
-    unrolled<2 * parts>([&](auto i) __attribute__((always_inline)) {
-      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        if (i() == parts) sum[v()] <<= 8;
-        const auto plane = load<s8x64>(planes + v() * stride + i() * kChunk);
-        sum[v()] = dot_bytes(sum[v()], part[i() % parts], plane);
+        if (i() == kParts) sum[v()] <<= 8;
+        const auto plane = load<Part<s8x64>>(planes + v() * stride + i() * kChunk);
+        sum[v()] = dot_bytes(sum[v()], bytes[i() % kParts], plane);
       });
     });
+  }
+  // One vector after the other: sixteen registers do not hold what all of them multiply.
+  template <int kVectors>
+  MOEFUSE_INLINE void add_pairs(const char* planes, int64_t stride,
+                                Part<i32x16> (&sum)[kVectors]) const {
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      out[v()] = convert<f32x16>(sum[v()]);
+      unrolled<2 * kParts>([&](auto i) __attribute__((always_inline)) {
+        const auto pairs = (Part<u16x32>)bytes[i() / 2];
+        const auto w = (Part<s16x32>)(i() % 2 ? pairs >> 8 : pairs & 255);
+        sum[v()] += dot_pairs(w, load<Part<s16x32>>(planes + v() * stride + i() * kChunk));
+      });
     });
   }
 };
@@ -201,26 +230,29 @@ struct Float {
   using Codes = C;
   static constexpr Dot kDot = kFused ? Dot::fma : Dot::separate;
   static constexpr int kBits = Codes::kBits;
-  f32x16 value[32 / kBits];
-  explicit Float(u8x64 w) {
-    for (int j = 0; j < 32 / kBits; ++j)
-      value[j] = Codes::floats(cast<u32x16>(w) >> (j * kBits) & ((1u << kBits) - 1));
+  Part<f32x16> value[32 / kBits];
+  MOEFUSE_INLINE explicit Float(Part<u8x64> w) {
+    unrolled<32 / kBits>([&](auto j) __attribute__((always_inline)) {
+      value[j()] = Codes::floats((Part<u32x16>)w >> (j() * kBits) & ((1u << kBits) - 1));
+    });
   }
   template <int kVectors>
-  inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
-                                                  f32x16 (&out)[kVectors]) const {
-    for (int v = 0; v < kVectors; ++v, planes += stride) {
-      f32x16 sum = value[0] * load<f32x16>(planes);
-      for (int j = 1; j < 32 / kBits; ++j) {
-        f32x16 x = load<f32x16>(planes + j * 64);
+  MOEFUSE_INLINE void dots(const char* planes, int64_t stride,
+                           Part<f32x16> (&out)[kVectors]) const {
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      const char* plane = planes + v() * stride;
+      Part<f32x16> sum = value[0] * load<Part<f32x16>>(plane);
+      unrolled<32 / kBits - 1>([&](auto i) __attribute__((always_inline)) {
+        constexpr int j = i() + 1;
+        const auto x = load<Part<f32x16>>(plane + j * kChunk);
         sum = kFused ? fused(value[j], x, sum) : sum + value[j] * x;
-      }
-      out[v] = sum;
-    }
+      });
+      out[v()] = sum;
+    });
   }
 };
 
-// The scales of sixteen groups, and which of them the lanes of their chunk j take.
+// The scales of sixteen groups, and which of them the lanes of their chunk j take, from `lane` on.
 #if defined(__AVX512F__)
 template <int kLanesPerGroup>
 struct LaneGroups {
@@ -238,7 +270,9 @@ template <int kLanesPerGroup>
 struct ChunkLanes {
   i32x16 groups;
   explicit ChunkLanes(int j) : groups(load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j])) {}
-  f32x16 scales(GroupScales all) const { return permute(all, groups); }
+  f32x16 scales(GroupScales all, int) const {
+    return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)groups, (__m512)all);
+  }
 };
 #else  // in memory: no instruction permutes more than a register
 struct GroupScales {
@@ -249,8 +283,8 @@ template <int kLanesPerGroup>
 struct ChunkLanes {
   int first;
   explicit ChunkLanes(int j) : first(j * kLanes) {}
-  MOEFUSE_INLINE f32x16 scales(const GroupScales& all) const {
-    return spread<f32x16, kLanesPerGroup>(all.of, first);
+  MOEFUSE_INLINE Part<f32x16> scales(const GroupScales& all, int lane) const {
+    return spread<kLanesPerGroup>(all.of, first + lane);
   }
 };
 #endif
@@ -293,10 +327,16 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
     });
     const auto step = [&](u8x64 bytes, int j) __attribute__((always_inline)) {
       const ChunkLanes<kLanesPerGroup> lanes(j);
-      f32x16 dot[kVectors];
-      Chunk(bytes).dots(planes, x_stride, dot);
-      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        sum[v()] = fused(dot[v()], lanes.scales(scale[v()]), sum[v()]);
+      // One register after the other: what is unpacked serves all vectors and then makes room.
+      unrolled<kRegisters>([&](auto r) __attribute__((always_inline)) {
+        const Chunk weights(part<r()>(bytes));
+        Part<f32x16> dot[kVectors];
+        weights.dots(planes + r() * sizeof *dot, x_stride, dot);
+        unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+          auto& lane_sums = part<r()>(sum[v()]);
+          const auto lane_scales = lanes.scales(scale[v()], r() * kLanesOf<Part<f32x16>>);
+          lane_sums = fused(dot[v()], lane_scales, lane_sums);
+        });
       });
       planes += at.plane_bytes;
     };
@@ -362,8 +402,10 @@ void qmv_range(const QuantizedMatrix& w, const void* x, int vectors, float* y, i
                                                row_end - rows_ahead);
       v += count();
     };
-    while (vectors - v >= 4) pass([] { return 4; });
-    if (vectors - v >= 2) pass([] { return 2; });
+    // Without AVX-512 the sums of two have room in the registers.
+    if constexpr (kRegisters == 1)
+      while (vectors - v >= 4) pass([] { return 4; });
+    while (vectors - v >= 2) pass([] { return 2; });
     if (vectors - v >= 1) pass([] { return 1; });
   }
 }

@@ -105,9 +105,34 @@ using i32x16 = Vector<int32_t, 16>;
 using u32x16 = Vector<uint32_t, 16>;
 using u16x16 = Vector<uint16_t, 16>;
 using u8x16 = Vector<uint8_t, 16>;
+using s16x32 = Vector<int16_t, 32>;
+using u16x32 = Vector<uint16_t, 32>;
 using u8x64 = Vector<uint8_t, 64>;
 using s8x64 = Vector<int8_t, 64>;
 typedef uint64_t u64x2 __attribute__((vector_size(16)));
+
+// One register of a vector: what an instruction takes.
+template <class V>
+struct PartOf {
+  using type = V;
+};
+template <class V>
+struct PartOf<Pair<V>> : PartOf<V> {};
+template <class V>
+using Part = typename PartOf<V>::type;
+
+template <int kPart, class V>
+MOEFUSE_INLINE auto& part(V& v) {
+  if constexpr (kIsPair<V>) {
+    constexpr int kHalf = sizeof v.low / sizeof(Part<V>);
+    if constexpr (kPart < kHalf)
+      return part<kPart>(v.low);
+    else
+      return part<kPart - kHalf>(v.high);
+  } else {
+    return v;
+  }
+}
 
 template <class V>
 MOEFUSE_INLINE V load(const void* p) {
