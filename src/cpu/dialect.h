@@ -66,8 +66,7 @@ constexpr bool kHasByteDots = false;
 #endif
 
 // a * b + c, rounded once.
-[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> fused(Part<f32x16> a, Part<f32x16> b,
-                                                   Part<f32x16> c) {
+[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> fused(Part<f32x16> a, Part<f32x16> b, Part<f32x16> c) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
@@ -133,6 +132,7 @@ constexpr bool kHasByteDots = false;
 #endif
 }
 
+#if !defined(__F16C__)
 [[maybe_unused]] inline uint16_t float_to_half(float v) {
 #if defined(__ARM_FEATURE_DOTPROD)
   const auto half = static_cast<__fp16>(v);
@@ -143,6 +143,7 @@ constexpr bool kHasByteDots = false;
   memcpy(&bits, &half, sizeof bits);
   return bits;
 }
+#endif
 
 // Rounds to nearest even; a NaN becomes 0x7d00, as in MLX.
 [[maybe_unused]] MOEFUSE_INLINE Part<u16x16> narrow_half(Part<f32x16> v) {
@@ -155,8 +156,7 @@ constexpr bool kHasByteDots = false;
     memcpy((char*)&out + 16 * i, &half, 16);
   }
 #elif defined(__F16C__)
-  const Half out =
-      (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Half out = (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Half out = from_lanes<Half>([&](int l) { return float_to_half(v[l]); });
 #endif

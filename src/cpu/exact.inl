@@ -53,7 +53,9 @@ struct Fp4Sum {
     group = rounded<T>(group + rounded<T>(x * lookup(kE2m1, cast<i32x16>(codes))));
     return sum;
   }
-  MOEFUSE_INLINE f32x16 finish(f32x16 sum) const { return rounded<T>(sum + rounded<T>(scale * group)); }
+  MOEFUSE_INLINE f32x16 finish(f32x16 sum) const {
+    return rounded<T>(sum + rounded<T>(scale * group));
+  }
 };
 
 template <Dtype T, class GroupSum>

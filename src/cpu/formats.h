@@ -46,7 +46,7 @@ inline f32x16 e4m3(u32x16 v) {
 }
 
 constexpr float kE2m1[kLanes] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
-                                -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+                                 -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
 template <f32x16 (*kScale)(u32x16)>
 struct Fp4Codes {
@@ -57,8 +57,7 @@ struct Fp4Codes {
     return lookup(table, codes);
   }
   static Part<f32x16> floats(Part<u32x16> codes) {
-    static constexpr float table[16] = {12, 13, 14, 15, 16, 18, 20, 24,
-                                        12, 11, 10, 9,  8,  6,  4,  0};
+    static constexpr float table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
     return lookup(table, (Part<i32x16>)codes);
   }
   static int scale_bytes(const QuantizedMatrix&) { return 1; }

@@ -110,8 +110,8 @@ inline void split_planes(const int16_t* grid, int8_t* planes) {
   }
 }
 
-// The int16 planes of one chunk, for the even bytes of its weights and for the odd ones; with 4 bits
-// both of the low codes, then both of the high ones.
+// The int16 planes of one chunk, for the even bytes of its weights and for the odd ones; with 4
+// bits both of the low codes, then both of the high ones.
 template <int kBits>
 inline void split_planes(const int16_t* grid, int16_t* planes) {
   constexpr int parts = 8 / kBits, kPlane = kChunk / 2;
@@ -232,23 +232,20 @@ struct Float {
   static constexpr int kBits = Codes::kBits;
   Part<f32x16> value[32 / kBits];
   MOEFUSE_INLINE explicit Float(Part<u8x64> w) {
-    unrolled<32 / kBits>([&](auto j) __attribute__((always_inline)) {
-      value[j()] = Codes::floats((Part<u32x16>)w >> (j() * kBits) & ((1u << kBits) - 1));
-    });
+    for (int j = 0; j < 32 / kBits; ++j)
+      value[j] = Codes::floats((Part<u32x16>)w >> (j * kBits) & ((1u << kBits) - 1));
   }
   template <int kVectors>
   MOEFUSE_INLINE void dots(const char* planes, int64_t stride,
                            Part<f32x16> (&out)[kVectors]) const {
-    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      const char* plane = planes + v() * stride;
-      Part<f32x16> sum = value[0] * load<Part<f32x16>>(plane);
-      unrolled<32 / kBits - 1>([&](auto i) __attribute__((always_inline)) {
-        constexpr int j = i() + 1;
-        const auto x = load<Part<f32x16>>(plane + j * kChunk);
+    for (int v = 0; v < kVectors; ++v, planes += stride) {
+      Part<f32x16> sum = value[0] * load<Part<f32x16>>(planes);
+      for (int j = 1; j < 32 / kBits; ++j) {
+        const auto x = load<Part<f32x16>>(planes + j * kChunk);
         sum = kFused ? fused(value[j], x, sum) : sum + value[j] * x;
-      });
-      out[v()] = sum;
-    });
+      }
+      out[v] = sum;
+    }
   }
 };
 

@@ -26,7 +26,9 @@ constexpr int kRegisters = 4;
 #endif
 
 template <class V>
-constexpr bool kIsPair = requires { typename V::Half; };
+constexpr bool kIsPair = requires {
+  typename V::Half;
+};
 template <class V>
 using LaneOf = std::remove_cvref_t<decltype(std::declval<const V&>()[0])>;
 template <class V>
@@ -67,15 +69,15 @@ struct Pair {
   MOEFUSE_INLINE Pair(LaneOf<V> all) : low(splat_to<V>(all)), high(splat_to<V>(all)) {}
   LaneOf<V> operator[](int l) const { return l < kLanesOf<V> ? low[l] : high[l - kLanesOf<V>]; }
 
-#define MOEFUSE_OPERATOR(op)                                               \
-  friend MOEFUSE_INLINE Pair operator op(Pair a, Pair b) {                 \
-    return {a.low op b.low, a.high op b.high};                             \
-  }                                                                        \
-  friend MOEFUSE_INLINE Pair& operator op##=(Pair& a, Pair b) {            \
-    return a = a op b;                                                     \
+#define MOEFUSE_OPERATOR(op)                                    \
+  friend MOEFUSE_INLINE Pair operator op(Pair a, Pair b) {      \
+    return {a.low op b.low, a.high op b.high};                  \
+  }                                                             \
+  friend MOEFUSE_INLINE Pair& operator op##=(Pair& a, Pair b) { \
+    return a = a op b;                                          \
   }
-#define MOEFUSE_COMPARISON(op)                                             \
-  friend MOEFUSE_INLINE auto operator op(Pair a, Pair b) {                 \
+#define MOEFUSE_COMPARISON(op)                                                          \
+  friend MOEFUSE_INLINE auto operator op(Pair a, Pair b) {                              \
     return Pair<MaskOf<V>>{(MaskOf<V>)(a.low op b.low), (MaskOf<V>)(a.high op b.high)}; \
   }
   MOEFUSE_OPERATOR(+)
@@ -95,7 +97,9 @@ struct Pair {
   MOEFUSE_COMPARISON(>=)
 #undef MOEFUSE_OPERATOR
 #undef MOEFUSE_COMPARISON
-  friend MOEFUSE_INLINE Pair operator-(Pair a) { return {-a.low, -a.high}; }
+  friend MOEFUSE_INLINE Pair operator-(Pair a) {
+    return {-a.low, -a.high};
+  }
 };
 
 template <class T, int kCount>
@@ -165,7 +169,8 @@ MOEFUSE_INLINE V from_lanes(const F& f, int first = 0) {
   } else {
     return [&]<int... l>(std::integer_sequence<int, l...>) __attribute__((always_inline)) {
       return V{f(first + l)...};
-    }(std::make_integer_sequence<int, kLanesOf<V>>{});
+    }
+    (std::make_integer_sequence<int, kLanesOf<V>>{});
   }
 }
 
