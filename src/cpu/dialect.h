@@ -108,15 +108,16 @@ constexpr bool kHasByteDots = false;
 #endif
 }
 
+#if defined(__ARM_FEATURE_DOTPROD) || defined(__clang__)
+using Float16 = __fp16;
+#elif !defined(__F16C__)
+using Float16 = _Float16;
+#endif
 [[maybe_unused]] inline float half_to_float(uint16_t v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v);
-#elif defined(__ARM_FEATURE_DOTPROD)
-  __fp16 half;
-  memcpy(&half, &v, sizeof half);
-  return half;
 #else
-  _Float16 half;
+  Float16 half;
   memcpy(&half, &v, sizeof half);
   return static_cast<float>(half);
 #endif
@@ -134,11 +135,7 @@ constexpr bool kHasByteDots = false;
 
 #if !defined(__F16C__)
 [[maybe_unused]] inline uint16_t float_to_half(float v) {
-#if defined(__ARM_FEATURE_DOTPROD)
-  const auto half = static_cast<__fp16>(v);
-#else
-  const auto half = static_cast<_Float16>(v);
-#endif
+  const auto half = static_cast<Float16>(v);
   uint16_t bits;
   memcpy(&bits, &half, sizeof bits);
   return bits;

@@ -69,6 +69,7 @@ struct Pair {
   MOEFUSE_INLINE Pair(LaneOf<V> all) : low(splat_to<V>(all)), high(splat_to<V>(all)) {}
   LaneOf<V> operator[](int l) const { return l < kLanesOf<V> ? low[l] : high[l - kLanesOf<V>]; }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): `Pair& operator` is no expression.
 #define MOEFUSE_OPERATOR(op)                                    \
   friend MOEFUSE_INLINE Pair operator op(Pair a, Pair b) {      \
     return {a.low op b.low, a.high op b.high};                  \
@@ -80,6 +81,7 @@ struct Pair {
   friend MOEFUSE_INLINE auto operator op(Pair a, Pair b) {                              \
     return Pair<MaskOf<V>>{(MaskOf<V>)(a.low op b.low), (MaskOf<V>)(a.high op b.high)}; \
   }
+  // NOLINTEND(bugprone-macro-parentheses)
   MOEFUSE_OPERATOR(+)
   MOEFUSE_OPERATOR(-)
   MOEFUSE_OPERATOR(*)
