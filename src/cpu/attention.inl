@@ -8,26 +8,36 @@ namespace moefuse::cpu {
 namespace {
 
 constexpr int kBlockRows = 64;  // that stay near while all heads go over them
+// Sums in flight, as many as have room in the registers, and the most of them for one head.
+constexpr int kSumsAtOnce = kRegisters == 1 ? 16 : 4, kSumsOfHead = 4;
+constexpr int sums_of_head(int heads) {
+  const int room = kSumsAtOnce / heads;
+  return room < kSumsOfHead ? room : kSumsOfHead;
+}
 
 template <Dtype kDtype>
 struct Constant {};
 
 // k ascending, product and sum rounded apart: the order of stock MLX's half matrix product on x86
-// before its one cast. The lanes are sixteen rows.
-void exact_dots(const RowsArgs& a, const float* q, float* out) {
+// before its one cast. The lanes are sixteen rows, whose tile serves all heads.
+void exact_dots(const RowsArgs& a, const float* q, int heads, float* out, int64_t out_stride) {
   for (int j = 0; j < a.rows; j += kLanes) {
     const int count = a.rows - j < kLanes ? a.rows - j : kLanes;
-    f32x16 sum{};
     for (int k = 0; k < a.dim; k += kLanes) {
       const int width = a.dim - k < kLanes ? a.dim - k : kLanes;
-      float tile[kLanes][kLanes] = {};
-      for (int l = 0; l < count; ++l) {
-        const f32x16 row = load_floats(a.data, a.dtype, (j + l) * a.stride + k, width);
-        for (int i = 0; i < kLanes; ++i) tile[i][l] = row[i];
+      float row[kLanes][kLanes] = {}, tile[kLanes][kLanes];
+      for (int l = 0; l < count; ++l)
+        store(row[l], load_floats(a.data, a.dtype, (j + l) * a.stride + k, width));
+      for (int i = 0; i < width; ++i)
+        store(tile[i], from_lanes<f32x16>([&](int l) { return row[l][i]; }));
+      for (int h = 0; h < heads; ++h) {
+        float* sums = out + h * out_stride;
+        f32x16 sum = k ? load_floats(sums, Dtype::float32, j, count) : f32x16{};
+        for (int i = 0; i < width; ++i)
+          sum = sum + splat(q[int64_t(h) * a.dim + k + i]) * load<f32x16>(tile[i]);
+        store_floats(sums, Dtype::float32, j, count, sum);
       }
-      for (int i = 0; i < width; ++i) sum = sum + splat(q[k + i]) * load<f32x16>(tile[i]);
     }
-    memcpy(out + j, &sum, 4 * count);
   }
 }
 
@@ -71,7 +81,7 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, int begin, int end, const float* q, int h, int heads, float* out,
                 int64_t out_stride) {
-  constexpr int kRows = kHeads >= 8 ? 2 : 4, kBytes = itemsize(kDtype);
+  constexpr int kRows = sums_of_head(kHeads), kBytes = itemsize(kDtype);
   const int64_t bytes = int64_t(kRows) * a.dim * kBytes;
   const int64_t from = bytes * h / heads, to = bytes * (h + kHeads) / heads;
   const float* queries = q + int64_t(h) * a.dim;
@@ -101,9 +111,7 @@ void with_heads(int heads, F&& f) {
   const auto each = [&](auto count) {
     for (; h + count() <= heads; h += count()) f(h, count);
   };
-#if defined(__AVX512F__)
-  each(Count<8>{});
-#endif
+  if constexpr (kSumsAtOnce >= 8) each(Count<8>{});
   each(Count<4>{});
   each(Count<1>{});
 }
@@ -117,10 +125,7 @@ void with_blocks(int rows, F&& f) {
 
 void dots(bool exact, const RowsArgs& a, const float* q, int heads, float* out,
           int64_t out_stride) {
-  if (exact) {
-    for (int h = 0; h < heads; ++h) exact_dots(a, q + int64_t(h) * a.dim, out + h * out_stride);
-    return;
-  }
+  if (exact) return exact_dots(a, q, heads, out, out_stride);
   with_dtype(a.dtype, [&]<Dtype kDtype>(Constant<kDtype>) {
     with_blocks(a.rows, [&](int begin, int end) {
       with_heads(heads, [&](int h, auto count) {
@@ -152,13 +157,16 @@ inline void weighted_sum_columns(const RowsArgs& a, int begin, int end, const fl
   for (int j = begin; j < end; ++j, ahead += 64) {
     __builtin_prefetch(ahead, 0, 2);
     f32x16 x[kVectors];
-    for (int b = 0; b < kVectors; ++b)
-      x[b] = load_floats(a.data, kDtype, j * a.stride + d + b * kLanes, width(b));
-    for (int h = 0; h < kHeads; ++h) {
-      const f32x16 weight = splat(weights[h * weights_stride + j]);
-      for (int b = 0; b < kVectors; ++b)
-        sum[h][b] = kExact ? sum[h][b] + weight * x[b] : fused(weight, x[b], sum[h][b]);
-    }
+    unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+      x[b()] = load_floats(a.data, kDtype, j * a.stride + d + b() * kLanes, width(b()));
+    });
+    unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
+      const f32x16 weight = splat(weights[h() * weights_stride + j]);
+      unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
+        f32x16& s = sum[h()][b()];
+        s = kExact ? s + weight * x[b()] : fused(weight, x[b()], s);
+      });
+    });
   }
   unrolled<kHeads>([&](auto h) __attribute__((always_inline)) {
     unrolled<kVectors>([&](auto b) __attribute__((always_inline)) {
@@ -170,7 +178,7 @@ inline void weighted_sum_columns(const RowsArgs& a, int begin, int end, const fl
 template <Dtype kDtype, bool kExact, int kHeads>
 void weighted_sums(const RowsArgs& a, int begin, int end, const float* weights,
                    int64_t weights_stride, float* out) {
-  constexpr int kVectors = kHeads > 4 ? 2 : 4, kColumns = kVectors * kLanes;
+  constexpr int kVectors = sums_of_head(kHeads), kColumns = kVectors * kLanes;
   const char* ahead = (const char*)a.data + end * a.stride * itemsize(kDtype);
   int d = 0;
   for (; d + kColumns <= a.dim; d += kColumns, ahead += (end - begin) * 64)
@@ -204,19 +212,21 @@ float exponentials(float* scores, int n, float* top) {
   f32x16 most = splat(-__builtin_inff());
   for (int i = 0; i < whole; i += kLanes) {
     const f32x16 v = load<f32x16>(scores + i);
-    most = v > most ? v : most;
+    most = larger(v, most);
   }
   if (rest) {
-    f32x16 v = splat(-__builtin_inff());
-    memcpy(&v, scores + whole, 4 * rest);
-    most = v > most ? v : most;
+    float last[kLanes];
+    store(last, splat(-__builtin_inff()));
+    memcpy(last, scores + whole, 4 * rest);
+    const f32x16 v = load<f32x16>(last);
+    most = larger(v, most);
   }
   float largest = most[0];
   for (int l = 1; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
   f32x16 sum{};
   for (int i = 0; i < whole; i += kLanes) {
     const f32x16 e = exp_lanes(load<f32x16>(scores + i) - splat(largest));
-    memcpy(scores + i, &e, sizeof e);
+    store(scores + i, e);
     sum = sum + e;
   }
   if (rest) {

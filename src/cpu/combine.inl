@@ -4,7 +4,7 @@
 namespace moefuse::cpu {
 namespace {
 
-inline f32x16 round_to(Dtype dtype, f32x16 v) {
+MOEFUSE_INLINE f32x16 round_to(Dtype dtype, f32x16 v) {
   if (dtype == Dtype::bfloat16) return round_bfloat16(v);
   return dtype == Dtype::float16 ? widen_half(narrow_half(v)) : v;
 }

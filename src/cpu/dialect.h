@@ -10,7 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
@@ -18,17 +18,6 @@
 
 namespace moefuse::cpu {
 namespace {
-
-typedef uint8_t u8x64 __attribute__((vector_size(64)));
-typedef int8_t s8x64 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-
-template <class Vector>
-inline Vector load(const void* p) {
-  Vector v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
 
 template <int kCount>
 struct Count {
@@ -45,219 +34,279 @@ inline __attribute__((always_inline)) void unrolled(F&& f) {
   }
 }
 
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kHasByteDots = true;
 // acc[l] += sum of w[4l + i] * x[4l + i], i in 0..3, exactly.
-[[maybe_unused]] inline i32x16 dot_bytes(i32x16 acc, u8x64 w, s8x64 x) {
+[[maybe_unused]] MOEFUSE_INLINE Part<i32x16> dot_bytes(Part<i32x16> acc, Part<u8x64> w,
+                                                       Part<s8x64> x) {
 #if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-  // maddubs saturates at 16 bits (255 * 128 * 2 does not fit), so the weights go in two nibbles.
-  __m256i part[2], wide[2], bytes[2];
-  memcpy(part, &acc, 64);
-  memcpy(wide, &w, 64);
-  memcpy(bytes, &x, 64);
-  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  const __m256i sixteen = _mm256_set1_epi16(16);
-  for (int i = 0; i < 2; ++i) {
-    __m256i low = _mm256_and_si256(wide[i], nibble);
-    __m256i high = _mm256_and_si256(_mm256_srli_epi16(wide[i], 4), nibble);
-    __m256i low_sum = _mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes[i]), ones);
-    __m256i high_sum = _mm256_madd_epi16(_mm256_maddubs_epi16(high, bytes[i]), sixteen);
-    part[i] = _mm256_add_epi32(part[i], _mm256_add_epi32(low_sum, high_sum));
-  }
-  memcpy(&acc, part, 64);
-  return acc;
-#elif defined(__ARM_FEATURE_DOTPROD)
-  // sdot takes signed bytes: w - 128 is one, and 128 * (sum of x) is added back.
-  for (int i = 0; i < 4; ++i) {
-    int32x4_t sum = vld1q_s32((const int32_t*)&acc + 4 * i);
-    int8x16_t bytes = vld1q_s8((const int8_t*)&x + 16 * i);
-    uint8x16_t weights = vld1q_u8((const uint8_t*)&w + 16 * i);
-    int8x16_t centred = vreinterpretq_s8_u8(veorq_u8(weights, vdupq_n_u8(128)));
-    sum = vdotq_s32(sum, centred, bytes);
-    int32x4_t total = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), bytes);
-    sum = vaddq_s32(sum, vshlq_n_s32(total, 7));
-    vst1q_s32((int32_t*)&acc + 4 * i, sum);
-  }
-  return acc;
 #else
-  for (int l = 0; l < kLanes; ++l)
-    for (int i = 4 * l; i < 4 * l + 4; ++i) acc[l] += int32_t(w[i]) * x[i];
-  return acc;
+  // sdot takes signed bytes: w - 128 is one, and 128 * (sum of x) is added back.
+  const int8x16_t bytes = (int8x16_t)x;
+  const int8x16_t centred = vreinterpretq_s8_u8(veorq_u8((uint8x16_t)w, vdupq_n_u8(128)));
+  const int32x4_t total = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), bytes);
+  const int32x4_t sum = vdotq_s32((int32x4_t)acc, centred, bytes);
+  return (Part<i32x16>)vaddq_s32(sum, vshlq_n_s32(total, 7));
 #endif
 }
+#else
+constexpr bool kHasByteDots = false;
+// w[2l] * x[2l] + w[2l + 1] * x[2l + 1], exactly.
+[[maybe_unused]] MOEFUSE_INLINE Part<i32x16> dot_pairs(Part<s16x32> w, Part<s16x32> x) {
+#if defined(__AVX2__)
+  return (Part<i32x16>)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+  return (Part<i32x16>)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+  return from_lanes<Part<i32x16>>(
+      [&](int l) { return w[2 * l] * x[2 * l] + w[2 * l + 1] * x[2 * l + 1]; });
+#endif
+}
+#endif
 
 // a * b + c, rounded once.
-[[maybe_unused]] inline f32x16 fused(f32x16 a, f32x16 b, f32x16 c) {
+[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> fused(Part<f32x16> a, Part<f32x16> b, Part<f32x16> c) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Part<f32x16>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (Part<f32x16>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-  for (int l = 0; l < kLanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
-  return c;
+  return from_lanes<Part<f32x16>>([&](int l) { return __builtin_fmaf(a[l], b[l], c[l]); });
 #endif
 }
 
-// v[index[l]]; only the low four bits of an index count.
-[[maybe_unused]] inline f32x16 permute(f32x16 v, i32x16 index) {
+// table[index[l]]; only the low four bits of an index count.
+[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> lookup(const float (&table)[kLanes],
+                                                    Part<i32x16> index) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, (__m512)v);
+  return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_loadu_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  const __m256 is_high = (__m256)_mm256_slli_epi32((__m256i)index, 28);  // bit 3 as the sign
+  return (Part<f32x16>)_mm256_blendv_ps(low, high, is_high);
 #else
-  f32x16 out;
-  for (int l = 0; l < kLanes; ++l) out[l] = v[index[l] & 15];
-  return out;
-#endif
-}
-
-// The first n <= 64 bytes at p, the rest zero; reads nothing past them.
-[[maybe_unused]] inline u8x64 load_bytes(const void* p, int n) {
-#if defined(__AVX512BW__)
-  return (u8x64)_mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p);
-#else
-  u8x64 v{};
-  memcpy(&v, p, n);
-  return v;
+  return from_lanes<Part<f32x16>>([&](int l) { return table[index[l] & 15]; });
 #endif
 }
 
 // table[i] for each byte i, which is below 16.
-[[maybe_unused]] inline u8x64 lookup(const uint8_t (&table)[16], u8x64 index) {
+[[maybe_unused]] MOEFUSE_INLINE Part<u8x64> lookup(const uint8_t (&table)[16], Part<u8x64> index) {
 #if defined(__AVX512BW__)
   const __m128i entries = _mm_loadu_si128((const __m128i*)table);
   return (u8x64)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), (__m512i)index);
 #elif defined(__AVX2__)
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
-  for (int i = 0; i < 2; ++i) {
-    __m256i part;
-    memcpy(&part, (const char*)&index + 32 * i, 32);
-    part = _mm256_shuffle_epi8(entries, part);
-    memcpy((char*)&index + 32 * i, &part, 32);
-  }
-  return index;
+  return (Part<u8x64>)_mm256_shuffle_epi8(entries, (__m256i)index);
 #elif defined(__ARM_FEATURE_DOTPROD)
-  const uint8x16_t entries = vld1q_u8(table);
-  for (int i = 0; i < 4; ++i) {
-    uint8_t* part = (uint8_t*)&index + 16 * i;
-    vst1q_u8(part, vqtbl1q_u8(entries, vld1q_u8(part)));
-  }
-  return index;
+  return (Part<u8x64>)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)index);
 #else
-  for (int i = 0; i < 64; ++i) index[i] = table[index[i]];
-  return index;
+  return from_lanes<Part<u8x64>>([&](int l) { return table[index[l]]; });
 #endif
 }
 
+#if defined(__ARM_FEATURE_DOTPROD) || defined(__clang__)
+using Float16 = __fp16;
+#elif !defined(__F16C__)
+using Float16 = _Float16;
+#endif
 [[maybe_unused]] inline float half_to_float(uint16_t v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v);
-#elif defined(__ARM_FEATURE_DOTPROD)
-  __fp16 half;
-  memcpy(&half, &v, sizeof half);
-  return half;
 #else
-  _Float16 half;
+  Float16 half;
   memcpy(&half, &v, sizeof half);
   return static_cast<float>(half);
 #endif
 }
 
-[[maybe_unused]] inline f32x16 widen_half(u16x16 v) {
+[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> widen_half(Part<u16x16> v) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+#elif defined(__F16C__)
+  return (Part<f32x16>)_mm256_cvtph_ps((__m128i)v);
 #else
-  f32x16 out;
-  for (int l = 0; l < kLanes; ++l) out[l] = half_to_float(v[l]);
-  return out;
+  return from_lanes<Part<f32x16>>([&](int l) { return half_to_float(v[l]); });
 #endif
 }
 
+#if !defined(__F16C__)
+[[maybe_unused]] inline uint16_t float_to_half(float v) {
+  const auto half = static_cast<Float16>(v);
+  uint16_t bits;
+  memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+#endif
+
 // Rounds to nearest even; a NaN becomes 0x7d00, as in MLX.
-[[maybe_unused]] inline u16x16 narrow_half(f32x16 v) {
-  u16x16 out;
-#if defined(__F16C__)
+[[maybe_unused]] MOEFUSE_INLINE Part<u16x16> narrow_half(Part<f32x16> v) {
+  using Half = Part<u16x16>;
+#if defined(__AVX512F__)
+  Half out;
   for (int i = 0; i < 2; ++i) {
     __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps((const float*)&v + 8 * i),
                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     memcpy((char*)&out + 16 * i, &half, 16);
   }
+#elif defined(__F16C__)
+  const Half out = (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  for (int l = 0; l < kLanes; ++l) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    const auto half = static_cast<__fp16>(v[l]);
-#else
-    const auto half = static_cast<_Float16>(v[l]);
+  const Half out = from_lanes<Half>([&](int l) { return float_to_half(v[l]); });
 #endif
-    uint16_t bits;
-    memcpy(&bits, &half, sizeof bits);
-    out[l] = bits;
-  }
-#endif
-  const u16x16 nan = u16x16{} + 0x7d00;
-  return __builtin_convertvector(v != v, u16x16) ? nan : out;
+  const Half nan = Half{} + 0x7d00;
+  return __builtin_convertvector(v != v, Half) ? nan : out;
 }
 
-[[maybe_unused]] inline f32x16 widen_bfloat16(u16x16 v) {
+[[maybe_unused]] MOEFUSE_INLINE Part<f32x16> widen_bfloat16(Part<u16x16> v) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v), 16);
+#elif defined(__AVX2__)
+  return (Part<f32x16>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
 #else
-  return as_float(__builtin_convertvector(v, u32x16) << 16);
+  return (Part<f32x16>)(convert<Part<u32x16>>(v) << 16);
 #endif
 }
 
 // Rounds to nearest even; a NaN becomes 0x7fc0, as in MLX.
-[[maybe_unused]] inline u16x16 narrow_bfloat16(f32x16 v) {
+[[maybe_unused]] MOEFUSE_INLINE u16x16 narrow_bfloat16(f32x16 v) {
   const u32x16 bits = as_bits(v);
   const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(v != v ? u32x16{} + 0x7fc0u : rounded, u16x16);
+  return convert<u16x16>(select(v != v, u32x16{} + 0x7fc0u, rounded));
+}
+
+// What is written above for one register goes over the halves of a Pair.
+template <class V>
+MOEFUSE_INLINE Pair<V> fused(Pair<V> a, Pair<V> b, Pair<V> c) {
+  return {fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)};
+}
+template <class V>
+MOEFUSE_INLINE auto lookup(const float (&table)[kLanes], Pair<V> index) {
+  return Pair{lookup(table, index.low), lookup(table, index.high)};
+}
+template <class V>
+MOEFUSE_INLINE auto widen_half(Pair<V> v) {
+  return Pair{widen_half(v.low), widen_half(v.high)};
+}
+template <class V>
+MOEFUSE_INLINE auto narrow_half(Pair<V> v) {
+  return Pair{narrow_half(v.low), narrow_half(v.high)};
+}
+template <class V>
+MOEFUSE_INLINE auto widen_bfloat16(Pair<V> v) {
+  return Pair{widen_bfloat16(v.low), widen_bfloat16(v.high)};
+}
+
+// Lane l of a register is p[(first + l) / kRepeat], `first` a multiple of its lanes.
+template <int kRepeat>
+MOEFUSE_INLINE Part<f32x16> spread(const float* p, int first) {
+  const float* from = p + first / kRepeat;
+  if constexpr (kRepeat >= kLanesOf<Part<f32x16>>) return splat_to<Part<f32x16>>(*from);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // No more than is wanted: a load of parts of two stores would wait for both.
+  const __m128 some =
+      kRepeat == 4 ? _mm_castpd_ps(_mm_load_sd((const double*)from)) : _mm_loadu_ps(from);
+  const auto index = from_lanes<Part<i32x16>>([](int l) { return l / kRepeat; });
+  return (Part<f32x16>)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(some), (__m256i)index);
+#else
+  return from_lanes<Part<f32x16>>([&](int l) { return from[l / kRepeat]; });
+#endif
+}
+
+// `bytes` < 16 from p, the rest zero, without a detour through memory: a vector read from where
+// bytes were just stored waits for them.
+[[maybe_unused]] inline u64x2 load_few(const char* p, int bytes) {
+  const auto overlap = [&]<class T>(T, int n) {  // sizeof(T) <= n < 2 * sizeof(T)
+    T low, high;
+    memcpy(&low, p, sizeof low);
+    memcpy(&high, p + n - sizeof high, sizeof high);
+    return u64x2{low, high};
+  };
+  if (bytes > 8) {
+    const u64x2 v = overlap(uint64_t{}, bytes);
+    return u64x2{v[0], v[1] >> (128 - 8 * bytes)};
+  }
+  if (bytes >= 4) {
+    const u64x2 v = overlap(uint32_t{}, bytes);
+    return u64x2{v[0] | v[1] << (8 * bytes - 32), 0};
+  }
+  uint64_t v = 0;
+  for (int i = bytes; i-- > 0;) v = v << 8 | (uint8_t)p[i];
+  return u64x2{v, 0};
+}
+
+// The first n lanes from p, the rest zero, and back; neither touches anything behind them.
+template <class V>
+MOEFUSE_INLINE V load_first(const LaneOf<V>* p, int n) {
+  if (n >= kLanesOf<V>) return load<V>(p);
+  if constexpr (kIsPair<V>) {
+    using Half = typename V::Half;
+    constexpr int kHalf = kLanesOf<Half>;
+    return {load_first<Half>(p, n), n > kHalf ? load_first<Half>(p + kHalf, n - kHalf) : Half{}};
+  } else if constexpr (sizeof(V) == 16) {
+    return (V)load_few((const char*)p, n * sizeof *p);
+  } else {
+    LaneOf<V> lanes[kLanesOf<V>] = {};
+    memcpy(lanes, p, n * sizeof *p);
+    return load<V>(lanes);
+  }
+}
+template <class V>
+MOEFUSE_INLINE void store_first(LaneOf<V>* p, int n, V v) {
+  if (n == kLanesOf<V>) return store(p, v);
+  LaneOf<V> lanes[kLanesOf<V>];
+  store(lanes, v);
+  memcpy(p, lanes, n * sizeof *p);
+}
+
+// The same of 16 or 64 bytes.
+template <class V>
+MOEFUSE_INLINE V load_bytes(const void* p, int n) {
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+  if constexpr (sizeof(V) == 16)
+    return (V)_mm_maskz_loadu_epi8((1u << n) - 1, p);
+  else
+    return (V)_mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p);
+#else
+  return load_first<V>((const uint8_t*)p, n);
+#endif
 }
 
 // Elements [first, first + n) of an array, n <= 16, as floats; missing lanes are zero.
-[[maybe_unused]] inline f32x16 load_floats(const void* array, Dtype dtype, int64_t first, int n) {
+[[maybe_unused]] MOEFUSE_INLINE f32x16 load_floats(const void* array, Dtype dtype, int64_t first,
+                                                   int n) {
   if (dtype == Dtype::float32) {
     const float* from = (const float*)array + first;
 #if defined(__AVX512F__)
     return (f32x16)_mm512_maskz_loadu_ps((1u << n) - 1, from);
 #else
-    f32x16 v{};
-    memcpy(&v, from, n == kLanes ? 64 : 4 * n);
-    return v;
+    return load_first<f32x16>(from, n);
 #endif
   }
   const uint16_t* from = (const uint16_t*)array + first;
-  u16x16 v{};
 #if defined(__AVX512VL__) && defined(__AVX512BW__)
-  v = (u16x16)_mm256_maskz_loadu_epi16((1u << n) - 1, from);
+  const u16x16 v = (u16x16)_mm256_maskz_loadu_epi16((1u << n) - 1, from);
 #else
-  memcpy(&v, from, n == kLanes ? 32 : 2 * n);
+  const u16x16 v = load_first<u16x16>(from, n);
 #endif
   return dtype == Dtype::bfloat16 ? widen_bfloat16(v) : widen_half(v);
 }
 
-[[maybe_unused]] inline void store_floats(void* array, Dtype dtype, int64_t first, int n,
-                                          f32x16 v) {
+[[maybe_unused]] MOEFUSE_INLINE void store_floats(void* array, Dtype dtype, int64_t first, int n,
+                                                  f32x16 v) {
   if (dtype == Dtype::float32) {
 #if defined(__AVX512F__)
     _mm512_mask_storeu_ps((float*)array + first, (1u << n) - 1, (__m512)v);
 #else
-    memcpy((float*)array + first, &v, n == kLanes ? 64 : 4 * n);
+    store_first((float*)array + first, n, v);
 #endif
     return;
   }
-  const u16x16 narrow = dtype == Dtype::bfloat16 ? narrow_bfloat16(v) : narrow_half(v);
-  memcpy((uint16_t*)array + first, &narrow, n == kLanes ? 32 : 2 * n);
-}
-
-// The sum of the lanes, always as a tree of halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
-[[maybe_unused]] inline float sum_lanes(f32x16 v) {
-  typedef float f32x8 __attribute__((vector_size(32)));
-  typedef float f32x4 __attribute__((vector_size(16)));
-  f32x8 low8, high8;
-  memcpy(&low8, &v, 32);
-  memcpy(&high8, (const char*)&v + 32, 32);
-  low8 += high8;
-  f32x4 low4, high4;
-  memcpy(&low4, &low8, 16);
-  memcpy(&high4, (const char*)&low8 + 16, 16);
-  low4 += high4;
-  return (low4[0] + low4[2]) + (low4[1] + low4[3]);
+  store_first((uint16_t*)array + first, n,
+              dtype == Dtype::bfloat16 ? narrow_bfloat16(v) : narrow_half(v));
 }
 
 // Replaces v[0] by the sums of the lanes of v[0] to v[15], each in sum_lanes' order.
@@ -284,9 +333,7 @@ inline __attribute__((always_inline)) void unrolled(F&& f) {
          MOEFUSE_PARTS(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 #undef MOEFUSE_PARTS
 #else
-  f32x16 sums{};
-  for (int i = 0; i < kLanes; ++i) sums[i] = sum_lanes(v[i]);
-  v[0] = sums;
+  v[0] = from_lanes<f32x16>([&](int i) { return sum_lanes(v[i]); });
 #endif
 }
 

@@ -9,7 +9,7 @@ namespace moefuse::cpu {
 namespace {
 
 template <Dtype T>
-inline f32x16 rounded(f32x16 v) {
+MOEFUSE_INLINE f32x16 rounded(f32x16 v) {
   if constexpr (T == Dtype::bfloat16) return round_bfloat16(v);
   if constexpr (T == Dtype::float16) return widen_half(narrow_half(v));
   return v;
@@ -31,16 +31,14 @@ struct AffineSum {
   static constexpr int kBits = bits;
   f32x16 scale, bias;
   AffineSum(const QuantizedMatrix& w, const int64_t (&first)[kLanes]) {
-    for (int l = 0; l < kLanes; ++l) {
-      scale[l] = load_one<T>(w.scales, first[l]);
-      bias[l] = load_one<T>(w.biases, first[l]);
-    }
+    scale = from_lanes<f32x16>([&](int l) { return load_one<T>(w.scales, first[l]); });
+    bias = from_lanes<f32x16>([&](int l) { return load_one<T>(w.biases, first[l]); });
   }
-  f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
-    const f32x16 q = __builtin_convertvector((i32x16)codes, f32x16);
+  MOEFUSE_INLINE f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
+    const f32x16 q = convert<f32x16>(cast<i32x16>(codes));
     return rounded<T>(sum + rounded<T>(x * rounded<T>(rounded<T>(scale * q) + bias)));
   }
-  f32x16 finish(f32x16 sum) const { return sum; }
+  MOEFUSE_INLINE f32x16 finish(f32x16 sum) const { return sum; }
 };
 
 template <Dtype T, f32x16 (*kScale)(u32x16)>
@@ -48,15 +46,16 @@ struct Fp4Sum {
   static constexpr int kBits = 4;
   f32x16 scale, group = {};
   Fp4Sum(const QuantizedMatrix& w, const int64_t (&first)[kLanes]) {
-    u32x16 bytes;
-    for (int l = 0; l < kLanes; ++l) bytes[l] = ((const uint8_t*)w.scales)[first[l]];
-    scale = rounded<T>(kScale(bytes));
+    const auto* scales = (const uint8_t*)w.scales;
+    scale = rounded<T>(kScale(from_lanes<u32x16>([&](int l) { return scales[first[l]]; })));
   }
-  f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
-    group = rounded<T>(group + rounded<T>(x * permute(kE2m1, (i32x16)codes)));
+  MOEFUSE_INLINE f32x16 add(f32x16 sum, u32x16 codes, f32x16 x) {
+    group = rounded<T>(group + rounded<T>(x * lookup(kE2m1, cast<i32x16>(codes))));
     return sum;
   }
-  f32x16 finish(f32x16 sum) const { return rounded<T>(sum + rounded<T>(scale * group)); }
+  MOEFUSE_INLINE f32x16 finish(f32x16 sum) const {
+    return rounded<T>(sum + rounded<T>(scale * group));
+  }
 };
 
 template <Dtype T, class GroupSum>
@@ -64,13 +63,12 @@ f32x16 exact_rows(const QuantizedMatrix& w, const void* x, const int64_t (&row)[
   constexpr int kBits = GroupSum::kBits, per_word = 32 / kBits;
   const int words = w.cols / per_word, groups = w.cols / w.group_size;
   f32x16 sum = {};
-  u32x16 word;
   for (int g = 0; g < groups; ++g) {
     int64_t first[kLanes];
     for (int l = 0; l < kLanes; ++l) first[l] = row[l] * groups + g;
     GroupSum group(w, first);
     for (int j = g * w.group_size / per_word; j < (g + 1) * w.group_size / per_word; ++j) {
-      for (int l = 0; l < kLanes; ++l) word[l] = w.weight[row[l] * words + j];
+      auto word = from_lanes<u32x16>([&](int l) { return w.weight[row[l] * words + j]; });
       for (int p = 0; p < per_word; ++p, word >>= kBits)
         sum = group.add(sum, word & ((1u << kBits) - 1), splat(load_one<T>(x, j * per_word + p)));
     }
@@ -115,20 +113,20 @@ void exact_qmv(const QuantizedMatrix& w, const void* x, void* y, int begin, int 
 
 // Stock's exp: 2^whole * 2^part with a polynomial of degree 6; 0 below -88, infinity above 88. The
 // half is added in double precision there, which decides the ties.
-inline f32x16 stock_exp(f32x16 x) {
+MOEFUSE_INLINE f32x16 stock_exp(f32x16 x) {
   const f32x16 y = x * 1.442695f;
-  f32x16 whole;
-  for (int l = 0; l < kLanes; ++l) whole[l] = float(__builtin_floor(double(y[l]) + 0.5));
+  const auto whole =
+      from_lanes<f32x16>([&](int l) { return float(__builtin_floor(double(y[l]) + 0.5)); });
   const f32x16 part = y - whole;
   f32x16 p = splat(1.535336188319500e-4f);
   for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
                   2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
     p = fused(p, part, splat(c));
   const i32x16 in_range = (x <= 88.0f) & (x >= -88.0f);
-  const i32x16 exponent = __builtin_convertvector(in_range ? whole : f32x16{}, i32x16);
-  const f32x16 value = (f32x16)((exponent + 127) << 23) * p;
-  const f32x16 outside = x > 88.0f ? splat(__builtin_inff()) : f32x16{};
-  return x != x ? x : (in_range ? value : outside);
+  const i32x16 exponent = convert<i32x16>(select(in_range, whole, f32x16{}));
+  const f32x16 value = cast<f32x16>((exponent + 127) << 23) * p;
+  const f32x16 outside = select(x > 88.0f, splat(__builtin_inff()), f32x16{});
+  return select(x != x, x, select(in_range, value, outside));
 }
 
 template <Dtype T>
@@ -138,7 +136,7 @@ void exact_swiglu_typed(const void* gate, const void* up, void* out, int n) {
     const f32x16 g = load_floats(gate, T, i, count), u = load_floats(up, T, i, count);
     const f32x16 magnitude = as_float(as_bits(g) & 0x7fffffffu);
     const f32x16 y = 1.0f / (1.0f + rounded<T>(stock_exp(magnitude)));
-    const f32x16 sigmoid = rounded<T>(g < 0.0f ? y : 1.0f - y);
+    const f32x16 sigmoid = rounded<T>(select(g < 0.0f, y, 1.0f - y));
     store_floats(out, T, i, count, rounded<T>(rounded<T>(g * sigmoid) * u));
   }
 }

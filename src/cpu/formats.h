@@ -23,8 +23,10 @@ struct Groups {
 template <int bits>
 struct AffineCodes {
   static constexpr int kBits = bits;
-  static u8x64 integers(u8x64 codes) { return codes; }
-  static f32x16 floats(u32x16 codes) { return __builtin_convertvector((i32x16)codes, f32x16); }
+  static Part<u8x64> integers(Part<u8x64> codes) { return codes; }
+  static Part<f32x16> floats(Part<u32x16> codes) {
+    return convert<Part<f32x16>>((Part<i32x16>)codes);
+  }
   static int scale_bytes(const QuantizedMatrix& w) { return itemsize(w.dtype); }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {
     return {load_floats(w.scales, w.dtype, first, n), load_floats(w.biases, w.dtype, first, n)};
@@ -33,33 +35,35 @@ struct AffineCodes {
 
 // 2^(v - 127); 2^-127 for 0 and infinity for 255, as MLX reads e8m0.
 inline f32x16 e8m0(u32x16 v) {
-  return as_float(v == 0u ? u32x16{} + 0x400000u : v << 23);
+  return as_float(select(v == 0u, u32x16{} + 0x400000u, v << 23));
 }
 
 // A sign, four bits of exponent (7 stands for 2^0) and three of mantissa; 127 is NaN.
 inline f32x16 e4m3(u32x16 v) {
   const u32x16 size = v & 127u, sign = (v & 128u) << 24;
   const u32x16 bits = as_bits(as_float(size << 20) * 0x1p120f);
-  return as_float((size == 127u ? u32x16{} + 0x7fc00000u : bits) | sign);
+  return as_float(select(size == 127u, u32x16{} + 0x7fc00000u, bits) | sign);
 }
 
-constexpr f32x16 kE2m1 = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+constexpr float kE2m1[kLanes] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
+                                 -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
 template <f32x16 (*kScale)(u32x16)>
 struct Fp4Codes {
   static constexpr int kBits = 4;
-  static u8x64 integers(u8x64 codes) {
+  static Part<u8x64> integers(Part<u8x64> codes) {
     static constexpr uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                           12, 11, 10, 9,  8,  6,  4,  0};
     return lookup(table, codes);
   }
-  static f32x16 floats(u32x16 codes) { return permute(kE2m1 * 2.0f + 12.0f, (i32x16)codes); }
+  static Part<f32x16> floats(Part<u32x16> codes) {
+    static constexpr float table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    return lookup(table, (Part<i32x16>)codes);
+  }
   static int scale_bytes(const QuantizedMatrix&) { return 1; }
   static Groups groups(const QuantizedMatrix& w, int64_t first, int n) {
-    const char* scales = (const char*)w.scales + first;
-    typedef uint8_t u8x16 __attribute__((vector_size(16)));
-    const u8x64 bytes = load_bytes(scales, n);
-    const f32x16 scale = kScale(__builtin_convertvector(load<u8x16>(&bytes), u32x16));
+    const auto bytes = load_bytes<u8x16>((const char*)w.scales + first, n);
+    const f32x16 scale = kScale(convert<u32x16>(bytes));
     return {scale * 0.5f, scale * -6.0f};
   }
 };

@@ -12,9 +12,10 @@
 // from memory takes some 6 to 10.
 //
 // Dot::grid. The activations of a group go on the grid of the step 2^e, the least power of two
-// with max|x| <= 32639 * 2^e, as v = 256 * high + low, two int8 planes. bfloat16 values down to
-// 1/64 of their group's maximum lie on that grid exactly. Headroom: a lane adds up four products
-// (eight with 4 bits) of at most 255 * 127, times 256: |sum| <= 4 * 255 * 32639 < 2^26.
+// with max|x| <= 32639 * 2^e, as v = 256 * high + low, two int8 planes, or, where no instruction
+// multiplies bytes without saturating, as int16. bfloat16 values down to 1/64 of their group's
+// maximum lie on that grid exactly. Headroom: a lane adds up four products (eight with 4 bits) of
+// at most 255 * 127, times 256: |sum| <= 4 * 255 * 32639 < 2^26; of int16, the same sum.
 // Error, u = 2^-24, x~ = activations on the grid, C = chunks in a row, G = ceil(groups / 16):
 //   |y - W x| <= sum_k |W_k| step/2  +  u (C + G + 8) sum_k (|s_g q_k x~_k| + |b_g x~_k|)
 // The first term is the grid; in the second each chunk's sum is rounded on conversion (1), its
@@ -31,6 +32,9 @@ namespace {
 constexpr int kChunk = 64;            // bytes of a row handled at once
 constexpr int kPrefetch = 64 * 128;   // bytes ahead, to the second cache
 constexpr float kGridMax = 32639.0f;  // 127 * 256 + 127
+
+// What the grid's planes are made of, two bytes for each k in any case.
+using PlaneType = std::conditional_t<kHasByteDots, int8_t, int16_t>;
 
 // Where the parts of a prepared vector are: planes, then step and sum for each group.
 struct Layout {
@@ -64,7 +68,7 @@ inline float grid_group(const float* x, int n, int16_t* grid, float* sum) {
   u32x16 most{};
   for (int i = 0; i < n; i += kLanes) {
     u32x16 bits = load<u32x16>(x + i) & 0x7fffffffu;
-    most = bits > most ? bits : most;
+    most = larger(bits, most);
   }
   uint32_t max_bits = 0;
   for (int l = 0; l < kLanes; ++l) max_bits = most[l] > max_bits ? most[l] : max_bits;
@@ -82,10 +86,9 @@ inline float grid_group(const float* x, int n, int16_t* grid, float* sum) {
   const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   for (int i = 0; i < n; i += kLanes) {
     f32x16 rounded = (load<f32x16>(x + i) * inverse + magic) - magic;
-    i32x16 v = __builtin_convertvector(rounded, i32x16);
+    i32x16 v = convert<i32x16>(rounded);
     total += v;
-    auto narrow = __builtin_convertvector(v, u16x16);
-    memcpy(grid + i, &narrow, sizeof narrow);
+    store(grid + i, convert<u16x16>(v));
   }
   int32_t sum_of_grid = 0;
   for (int l = 0; l < kLanes; ++l) sum_of_grid += total[l];
@@ -104,6 +107,17 @@ inline void split_planes(const int16_t* grid, int8_t* planes) {
       planes[part * kChunk + i] = int8_t(high);
       planes[(parts + part) * kChunk + i] = int8_t(v - 256 * high);
     }
+  }
+}
+
+// The int16 planes of one chunk, for the even bytes of its weights and for the odd ones; with 4
+// bits both of the low codes, then both of the high ones.
+template <int kBits>
+inline void split_planes(const int16_t* grid, int16_t* planes) {
+  constexpr int parts = 8 / kBits, kPlane = kChunk / 2;
+  for (int j = 0; j < 2 * parts; ++j) {
+    const int first = j % 2 * parts + j / 2;
+    for (int i = 0; i < kPlane; ++i) planes[j * kPlane + i] = grid[i * 2 * parts + first];
   }
 }
 
@@ -132,8 +146,7 @@ void prepare_bits(Dot dot, const void* x, Dtype dtype, int cols, int group_size,
     memset(values, 0, sizeof values);
     memset(grid, 0, sizeof grid);
     for (int i = 0; i < n; i += kLanes) {
-      f32x16 v = load_floats(x, dtype, k + i, kLanes);
-      memcpy(values + i, &v, sizeof v);
+      store(values + i, load_floats(x, dtype, k + i, kLanes));
     }
     for (int i = 0; i < n; i += group_size) {
       int g = (k + i) / group_size;
@@ -149,43 +162,65 @@ void prepare_bits(Dot dot, const void* x, Dtype dtype, int cols, int group_size,
     for (int i = 0; i < n; i += span) {
       char* planes = base + (k + i) / span * at.plane_bytes;
       if (dot == Dot::grid)
-        split_planes<kBits>(grid + i, (int8_t*)planes);
+        split_planes<kBits>(grid + i, (PlaneType*)planes);
       else
         transpose_words<kBits>(values + i, (float*)planes);
     }
   }
 }
 
-// A chunk's weights, unpacked once and used for every vector: Grid keeps bytes, Float floats.
+// The weights in one register of a chunk, unpacked once and used for every vector: Grid keeps bytes
+// or int16, Float floats.
 template <class C>
 struct Grid {
   using Codes = C;
   static constexpr Dot kDot = Dot::grid;
-  static constexpr int kBits = Codes::kBits;
-  u8x64 part[8 / kBits];
-  explicit Grid(u8x64 w) {
+  static constexpr int kBits = Codes::kBits, kParts = 8 / kBits;
+  Part<u8x64> bytes[kParts];
+  MOEFUSE_INLINE explicit Grid(Part<u8x64> w) {
     if constexpr (kBits == 8) {
-      part[0] = Codes::integers(w);
+      bytes[0] = Codes::integers(w);
     } else {
-      part[0] = Codes::integers(w & 15);
-      part[1] = Codes::integers((u8x64)((u32x16)w >> 4) & 15);
+      bytes[0] = Codes::integers(w & 15);
+      bytes[1] = Codes::integers((Part<u8x64>)((Part<u32x16>)w >> 4) & 15);
     }
   }
+  template <int kVectors>
+  MOEFUSE_INLINE void dots(const char* planes, int64_t stride,
+                           Part<f32x16> (&out)[kVectors]) const {
+    Part<i32x16> sum[kVectors] = {};
+    if constexpr (kHasByteDots)
+      add_bytes(planes, stride, sum);
+    else
+      add_pairs(planes, stride, sum);
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      out[v()] = convert<Part<f32x16>>(sum[v()]);
+    });
+  }
+
+ private:
   // All vectors take each step together: one alone is a chain of four dots and a shift.
   template <int kVectors>
-  inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
-                                                  f32x16 (&out)[kVectors]) const {
-    constexpr int parts = 8 / kBits;
-    i32x16 sum[kVectors] = {};
-    unrolled<2 * parts>([&](auto i) __attribute__((always_inline)) {
+  MOEFUSE_INLINE void add_bytes(const char* planes, int64_t stride,
+                                Part<i32x16> (&sum)[kVectors]) const {
+    unrolled<2 * kParts>([&](auto i) __attribute__((always_inline)) {
       unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        if (i() == parts) sum[v()] <<= 8;
-        const auto plane = load<s8x64>(planes + v() * stride + i() * kChunk);
-        sum[v()] = dot_bytes(sum[v()], part[i() % parts], plane);
+        if (i() == kParts) sum[v()] <<= 8;
+        const auto plane = load<Part<s8x64>>(planes + v() * stride + i() * kChunk);
+        sum[v()] = dot_bytes(sum[v()], bytes[i() % kParts], plane);
       });
     });
+  }
+  // One vector after the other: sixteen registers do not hold what all of them multiply.
+  template <int kVectors>
+  MOEFUSE_INLINE void add_pairs(const char* planes, int64_t stride,
+                                Part<i32x16> (&sum)[kVectors]) const {
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      out[v()] = __builtin_convertvector(sum[v()], f32x16);
+      unrolled<2 * kParts>([&](auto i) __attribute__((always_inline)) {
+        const auto pairs = (Part<u16x32>)bytes[i() / 2];
+        const auto w = (Part<s16x32>)(i() % 2 ? pairs >> 8 : pairs & 255);
+        sum[v()] += dot_pairs(w, load<Part<s16x32>>(planes + v() * stride + i() * kChunk));
+      });
     });
   }
 };
@@ -195,18 +230,18 @@ struct Float {
   using Codes = C;
   static constexpr Dot kDot = kFused ? Dot::fma : Dot::separate;
   static constexpr int kBits = Codes::kBits;
-  f32x16 value[32 / kBits];
-  explicit Float(u8x64 w) {
+  Part<f32x16> value[32 / kBits];
+  MOEFUSE_INLINE explicit Float(Part<u8x64> w) {
     for (int j = 0; j < 32 / kBits; ++j)
-      value[j] = Codes::floats((u32x16)w >> (j * kBits) & ((1u << kBits) - 1));
+      value[j] = Codes::floats((Part<u32x16>)w >> (j * kBits) & ((1u << kBits) - 1));
   }
   template <int kVectors>
-  inline __attribute__((always_inline)) void dots(const char* planes, int64_t stride,
-                                                  f32x16 (&out)[kVectors]) const {
+  MOEFUSE_INLINE void dots(const char* planes, int64_t stride,
+                           Part<f32x16> (&out)[kVectors]) const {
     for (int v = 0; v < kVectors; ++v, planes += stride) {
-      f32x16 sum = value[0] * load<f32x16>(planes);
+      Part<f32x16> sum = value[0] * load<Part<f32x16>>(planes);
       for (int j = 1; j < 32 / kBits; ++j) {
-        f32x16 x = load<f32x16>(planes + j * 64);
+        const auto x = load<Part<f32x16>>(planes + j * kChunk);
         sum = kFused ? fused(value[j], x, sum) : sum + value[j] * x;
       }
       out[v] = sum;
@@ -214,7 +249,8 @@ struct Float {
   }
 };
 
-// The group of each lane of chunk j, among the sixteen whose scales are at hand.
+// The scales of sixteen groups, and which of them the lanes of their chunk j take, from `lane` on.
+#if defined(__AVX512F__)
 template <int kLanesPerGroup>
 struct LaneGroups {
   alignas(64) int32_t of[kLanesPerGroup][kLanes];
@@ -225,6 +261,30 @@ struct LaneGroups {
 };
 template <int kLanesPerGroup>
 constexpr LaneGroups<kLanesPerGroup> kLaneGroups;
+
+using GroupScales = f32x16;
+template <int kLanesPerGroup>
+struct ChunkLanes {
+  i32x16 groups;
+  explicit ChunkLanes(int j) : groups(load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j])) {}
+  f32x16 scales(GroupScales all, int) const {
+    return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)groups, (__m512)all);
+  }
+};
+#else  // in memory: no instruction permutes more than a register
+struct GroupScales {
+  alignas(64) float of[kLanes];
+  MOEFUSE_INLINE void operator=(f32x16 v) { store(of, v); }
+};
+template <int kLanesPerGroup>
+struct ChunkLanes {
+  int first;
+  explicit ChunkLanes(int j) : first(j * kLanes) {}
+  MOEFUSE_INLINE Part<f32x16> scales(const GroupScales& all, int lane) const {
+    return spread<kLanesPerGroup>(all.of, first + lane);
+  }
+};
+#endif
 
 template <class Codes>
 using Fused = Float<Codes, true>;
@@ -256,18 +316,24 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
     __builtin_prefetch(scales_ahead + g * scale_bytes);
     __builtin_prefetch(biases_ahead + g * scale_bytes);
     const Groups groups = Chunk::Codes::groups(w, first + g, n);
-    f32x16 scale[kVectors];
+    GroupScales scale[kVectors];
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const char* vector = x + v() * x_stride;
       scale[v()] = groups.scale * load<f32x16>(vector + at.steps() + 4 * g);
       bias_sum[v()] = fused(groups.bias, load<f32x16>(vector + at.sums() + 4 * g), bias_sum[v()]);
     });
     const auto step = [&](u8x64 bytes, int j) __attribute__((always_inline)) {
-      const auto lane_groups = load<i32x16>(kLaneGroups<kLanesPerGroup>.of[j]);
-      f32x16 dot[kVectors];
-      Chunk(bytes).dots(planes, x_stride, dot);
-      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        sum[v()] = fused(dot[v()], permute(scale[v()], lane_groups), sum[v()]);
+      const ChunkLanes<kLanesPerGroup> lanes(j);
+      // One register after the other: what is unpacked serves all vectors and then makes room.
+      unrolled<kRegisters>([&](auto r) __attribute__((always_inline)) {
+        const Chunk weights(part<r()>(bytes));
+        Part<f32x16> dot[kVectors];
+        weights.dots(planes + r() * sizeof *dot, x_stride, dot);
+        unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+          auto& lane_sums = part<r()>(sum[v()]);
+          const auto lane_scales = lanes.scales(scale[v()], r() * kLanesOf<Part<f32x16>>);
+          lane_sums = fused(dot[v()], lane_scales, lane_sums);
+        });
       });
       planes += at.plane_bytes;
     };
@@ -276,7 +342,7 @@ inline __attribute__((always_inline)) void qmv_row(const QuantizedMatrix& w, int
       __builtin_prefetch(weight + ahead.weight, 0, 2);
       step(load<u8x64>(weight), j);
     }
-    if (g + kLanes >= at.groups && weight < end) step(load_bytes(weight, end - weight), j);
+    if (g + kLanes >= at.groups && weight < end) step(load_bytes<u8x64>(weight, end - weight), j);
   }
   unrolled<kVectors>([&](auto v)
                          __attribute__((always_inline)) { out[v()] = sum[v()] + bias_sum[v()]; });
@@ -333,8 +399,10 @@ void qmv_range(const QuantizedMatrix& w, const void* x, int vectors, float* y, i
                                                row_end - rows_ahead);
       v += count();
     };
-    while (vectors - v >= 4) pass([] { return 4; });
-    if (vectors - v >= 2) pass([] { return 2; });
+    // Without AVX-512 the sums of two have room in the registers.
+    if constexpr (kRegisters == 1)
+      while (vectors - v >= 4) pass([] { return 4; });
+    while (vectors - v >= 2) pass([] { return 2; });
     if (vectors - v >= 1) pass([] { return 1; });
   }
 }

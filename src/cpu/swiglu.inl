@@ -8,10 +8,10 @@ namespace {
 // stays at that value's size (1.2e-38), above exp(88.7) it is infinite. NaN stays NaN.
 // x = n ln 2 + r, |r| <= 0.347; a polynomial of degree 6 in r (its error 2^-28 relative), times
 // 2^n.
-inline f32x16 exp_lanes(f32x16 x) {
+MOEFUSE_INLINE f32x16 exp_lanes(f32x16 x) {
   const f32x16 low = splat(-87.3f), high = splat(88.72f);
-  f32x16 v = x < low ? low : x;
-  v = v > high ? high : v;
+  f32x16 v = select(x < low, low, x);
+  v = select(v > high, high, v);
   const f32x16 magic = splat(12582912.0f);
   const f32x16 n = fused(v, splat(1.44269504f), magic) - magic;
   f32x16 r = fused(n, splat(-0.693145752f), v);  // ln 2 in two parts
@@ -24,11 +24,11 @@ inline f32x16 exp_lanes(f32x16 x) {
   p = fused(p, r, splat(1.0f));
   p = fused(p, r, splat(1.0f));
   // 2^n in two factors: n reaches 128, one past the largest exponent.
-  const i32x16 whole = __builtin_convertvector(n, i32x16), half = whole >> 1;
-  p = p * (f32x16)((half + 127) << 23) * (f32x16)((whole - half + 127) << 23);
+  const i32x16 whole = convert<i32x16>(n), half = whole >> 1;
+  p = p * cast<f32x16>((half + 127) << 23) * cast<f32x16>((whole - half + 127) << 23);
   const f32x16 infinite = splat(__builtin_inff());
-  p = x > high ? infinite : p;
-  return x != x ? x : p;
+  p = select(x > high, infinite, p);
+  return select(x != x, x, p);
 }
 
 void swiglu(const float* gate, const float* up, float* out, int n) {
