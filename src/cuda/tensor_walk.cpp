@@ -25,14 +25,22 @@ int slices(int columns) {
 int warps_for(int pieces, int most) {
   return pieces > kWarps && pieces <= most ? pieces : kWarps;
 }
-// Tiles to a block of so many warps, at most: one where their slices, not shared evenly, would be
-// added up in another order than one tile's are.
-int most_tiles(int slices, int warps, int most) {
-  return slices <= warps || slices % warps == 0 ? most : 1;
-}
 // Of a row's values on the grid, and of its partial sums for `tiles` tiles of output.
 int grid_bytes(int columns, int tiles) {
   return slices(columns) * (140 + 4 + 4 + tiles * 64) * 4;
+}
+
+// Tiles to a block whose warps share each of `rows` rows' `products` evenly, at most: as many as
+// shared memory holds, one where the slices of a tile would be added up in another order than
+// alone.
+int most_tiles(int columns, int warps, int rows, int products, int most) {
+  const int parts = std::min(slices(columns), warps);
+  if (slices(columns) % parts != 0) return 1;
+  const auto bytes = [&](int tiles) {
+    return rows * (grid_bytes(columns, 0) + products * parts * tiles * 256);
+  };
+  while (most > 1 && bytes(most) > kStaticShared) --most;
+  return most;
 }
 
 // Batches of positions, each with so many values.
@@ -351,7 +359,7 @@ void TensorWalk::run(const ExpertsGateUp& s) {
   auto [tiles, resident] = tiling(tile_count, slices(s.gate.cols) * 2, slots, true);
   if (rows > 1)
     tiles = tiles_at_once(tile_count, slots * rows, 3,
-                          most_tiles(slices(s.gate.cols), kWarps, kMostTiles));
+                          most_tiles(s.gate.cols, kWarps, 1, 2, kMostTiles));
   // Pieces of a warp on their way, and blocks that a multiprocessor has registers for. Of one tile
   // for one row, or of several rows, two pieces do, and three blocks: with registers for four a
   // weight's scale is put aside in memory, which waits for it before the last weights are asked
@@ -385,7 +393,7 @@ void TensorWalk::run(const ExpertsDown& s) {
   const int resident = threads > kThreads && rows == 1 ? 1 : 2;
   // Four threads finish a row of output.
   const int tiles = rows > 1 ? tiles_at_once(tile_count, rows, resident,
-                                             most_tiles(slices(s.down.cols), warps, threads / 64))
+                                             most_tiles(s.down.cols, warps, slots, 1, threads / 64))
                              : 1;
   const int depth = rows > 1 ? 2 : 0;  // one row: all of a warp's pieces
   hidden =

@@ -185,7 +185,8 @@ FUNC Products<ROWS> tile_dot(Products<ROWS> y, const Tile<T, Sharing<ROWS>::EACH
       int e = i / 2, h = i % 2;
       float high = add_rn(as_float(uint(c[e].v[2 * h])), -as_float(kMagic));
       float low = add_rn(as_float(uint(c[e].v[2 * h + 1])), -as_float(kMagic));
-      float q = fma_rn(high, 256.0f, low), bias = mul_rn(float(tile.biases[h][e]), x.sums[set][e]);
+      float q = fma_rn(high, 256.0f, low);  // below 2^25: rounded once
+      float bias = mul_rn(float(tile.biases[h][e]), x.sums[set][e]);
       float& sum = y.v[set][e].v[h];
       sum = fma_rn(x.steps[set][e], fma_rn(float(tile.scales[h][e]), q, bias), sum);
     }
