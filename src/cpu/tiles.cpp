@@ -22,7 +22,6 @@ constexpr int kTile = 16 * 64;  // bytes
 constexpr int kGroups = Tiles::kMaxHeads / kLanes, kSteps = Tiles::kMaxDim / kStep;
 constexpr int kParts = 2;    // high, low
 constexpr int kBlock = 128;  // rows of a weighted sum in one go
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
 // GCC 12 does not know that tiles are loaded from memory.
 inline void memory_is_written() {

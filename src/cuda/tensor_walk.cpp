@@ -275,8 +275,7 @@ void TensorWalk::run(const GroupedAttention& s) {
                      {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
                      {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
                      {mx::float32, mx::float32}, {metal::kCluster * splits_, s.kv_heads, rows},
-                     kThreads, batch_bytes(1, 2 * (s.head_dim + 8)),
-                     rows > 1 && getenv("MF_A") ? atoi(getenv("MF_A")) : 2);
+                     kThreads, batch_bytes(1, 2 * (s.head_dim + 8)), 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../metal/true_shapes.h"
+#include "collect_calls.h"
 #include "cuda/tensor_walk.h"
 #include "emulated_backend.h"
 #include "moefuse/decoder.h"
@@ -153,32 +154,6 @@ void compare_tokens(const std::string& name) {
   }
 }
 
-// The calls of a step of so many rows, none of which is run.
-std::vector<metal::Call> calls_of(const moefuse::Plan& plan, int rows) {
-  std::vector<metal::Call> calls;
-  const auto collect = [&](const metal::Call& call) {
-    calls.push_back(call);
-    std::vector<mx::array> out;
-    for (size_t i = 0; i < call.shapes.size(); ++i)
-      out.push_back(mx::zeros(call.shapes[i], call.dtypes[i]));
-    return out;
-  };
-  std::vector<moefuse::LayerCache> caches;
-  const auto& c = plan.cache;
-  for (int i = 0; i < plan.config.num_hidden_layers; ++i)
-    caches.push_back({mx::zeros({rows, c.kv_heads, 64, c.key_dim}, plan.dtype),
-                      mx::zeros({rows, c.kv_heads, 64, c.value_dim}, plan.dtype)});
-  metal::Constants constants;
-  moefuse::cuda::FoldedRouters routers(collect);
-  const metal::WalkInputs inputs = {rows, caches, mx::zeros({16}, mx::uint32),
-                                    mx::zeros({rows, 4}, mx::uint32),
-                                    mx::zeros({rows, metal::rope_of(plan).dims})};
-  moefuse::cuda::TensorWalk(plan, Accumulate::fp32_no_fma, constants, routers, inputs, collect, 132,
-                            1)
-      .walk();
-  return calls;
-}
-
 int argument(const metal::Call& call, const std::string& name) {
   const auto& names = call.kernel->template_names;
   const auto at = std::find(names.begin(), names.end(), name) - names.begin();
@@ -191,7 +166,7 @@ void expect_at_once(const moefuse::Model& model, int experts_width) {
   const moefuse::Plan plan = moefuse::make_plan(model);
   for (int rows = 2; rows <= 4; ++rows) {
     int seen = 0;
-    for (const metal::Call& call : calls_of(plan, rows)) {
+    for (const metal::Call& call : calls_of(plan, rows, 1)) {
       const bool down = call.kernel->name == "moefuse_grid_down";
       if (!down && call.kernel->name != "moefuse_grid_gate_up") continue;
       ++seen;

@@ -364,6 +364,22 @@ FUNC void normed_row_on_grid(const RowPart<COLS, THREADS>& row, const RowPart<CO
   if (thread_at % 32u == 0u) squares[thread_at / 32u] = square;
 }
 
+// ROWS of them, `stride` apart: all on their way before the first is put down.
+template <int ROWS, int COLS, int THREADS, typename X, typename P, typename F>
+FUNC void normed_rows_on_grid(X x, int stride, const RowPart<COLS, THREADS>& gains, P planes,
+                              F steps, F sums, F squares, uint thread_at) {
+  constexpr int GROUPS = slices(COLS) * 4;
+  RowPart<COLS, THREADS> rows[ROWS];
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    rows[r] = load_row<COLS, THREADS>(x + r * stride, thread_at);
+  }
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    normed_row_on_grid<COLS, THREADS>(rows[r], gains, planes + r * plane_words(COLS),
+                                      steps + r * GROUPS, sums + r * GROUPS,
+                                      squares + r * (THREADS / 32), thread_at);
+  }
+}
+
 // Warps that hold a part of a row, eight values to a lane.
 FUNC constexpr int row_warps(int columns, int warps) {
   return slices(columns) < warps ? slices(columns) : warps;
