@@ -25,6 +25,11 @@ int slices(int columns) {
 int warps_for(int pieces, int most) {
   return pieces > kWarps && pieces <= most ? pieces : kWarps;
 }
+// Of a head's matrix, one piece to each warp of a block: more blocks would bring the same part of
+// a row to the grid again, with idle warps.
+int tiles_of_head(const Matrix& m) {
+  return std::clamp(kWarps / slices(m.cols), 1, metal::blocks(m.rows, 16));
+}
 // Of a row's values on the grid, and of its partial sums for `tiles` tiles of output.
 int grid_bytes(int columns, int tiles) {
   return slices(columns) * (140 + 4 + 4 + tiles * 64) * 4;
@@ -288,7 +293,7 @@ void TensorWalk::run(const LatentProjection& s) {
 void TensorWalk::run(const LatentQuery& s) {
   query = project(projected, s.q_a_norm, s.q_b, nullptr, nullptr);
   const Matrix& m = s.embed_q;
-  const int tiles = tiling(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows).tiles;
+  const int tiles = tiles_of_head(m);
   latent_query_ =
       output("grid_heads", {query, m.weight, m.scales, m.biases},
              {dtype, tiles, m.count, s.nope_dim + s.rope_dim, m.cols, m.rows},
@@ -320,7 +325,7 @@ void TensorWalk::run(const LatentAttention& s) {
 
 void TensorWalk::run(const LatentOutput& s) {
   const Matrix& m = s.unembed;
-  const int tiles = tiling(metal::blocks(m.rows, 16), slices(m.cols), m.count * rows).tiles;
+  const int tiles = tiles_of_head(m);
   attended =
       output("grid_unembed", {partial, stats, places, m.weight, m.scales, m.biases},
              {dtype, tiles, m.count, m.cols, m.rows, partial.shape(2)}, {rows, m.count, m.rows},

@@ -214,13 +214,17 @@ inline void expect_parts(const emulator::Shared<Arrivals>& arrivals, uint bytes,
                          emulator::Where where = {}) {
   arrivals.block().expect(bytes, where);
 }
-// *p = v in the shared memory of the cluster's block `rank`, whose arrivals count it.
-inline void send_part(const emulator::Shared<float>& p, const emulator::Shared<Arrivals>& arrivals,
-                      uint rank, float v, emulator::Where where = {}) {
-  arrivals.block().of_rank(rank, where).arrive(4, where);
+// N floats at p, aligned to all of them, in the shared memory of the cluster's block `rank`, whose
+// arrivals count them.
+template <int N>
+void send_part(const emulator::Shared<float>& p, const emulator::Shared<Arrivals>& arrivals,
+               uint rank, Floats<N> v, emulator::Where where = {}) {
+  if (p.offset() % N != 0) emulator::fail(where, "misaligned part");
+  arrivals.block().of_rank(rank, where).arrive(4 * N, where);
   emulator::SharedBlock& there = p.block().of_rank(rank, where);
-  there.on_write(emulator::At(p.offset(), where.file, where.line), 4, true);
-  std::memcpy(there.data() + p.offset() * 4, &v, 4);
+  for (int i = 0; i < N; ++i)
+    there.on_write(emulator::At(p.offset() + i, where.file, where.line), 4, true);
+  std::memcpy(there.data() + p.offset() * 4, v.v, 4 * N);
 }
 inline void wait_for_parts(const emulator::Shared<Arrivals>& arrivals, emulator::Where where = {}) {
   emulator::wait_for_parts(arrivals.block(), where);

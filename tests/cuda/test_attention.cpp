@@ -296,11 +296,11 @@ struct GroupedRun : Rows<typename P::T> {
   }
 };
 
-template <typename Type, int Heads, int Rope, int Splits, int Batches = 2>
+template <typename Type, int Heads, int Rope, int Splits, int Batches = 2, int Lora = 128>
 struct Latent {
   using T = Type;
   static constexpr int BATCHES = Batches;
-  static constexpr int HEADS = Heads, NOPE = 32, ROPE = Rope, LORA = 128, SPLITS = Splits;
+  static constexpr int HEADS = Heads, NOPE = 32, ROPE = Rope, LORA = Lora, SPLITS = Splits;
   static constexpr int KV_OFFSET = 64, KV_STRIDE = KV_OFFSET + LORA + ROPE;
 };
 
@@ -314,7 +314,9 @@ struct LatentRun : Rows<typename P::T> {
   Vector q = uniform_vector<float>(kRows * P::HEADS * kQuery, -1.0f, 1.0f);
   Vector kv = uniform_vector<float>(kRows * P::KV_STRIDE, -2.0f, 2.0f);
   std::vector<T> kv_norm = uniform_vector<T>(P::LORA, 0.5f, 1.5f);
-  Vector rope = angles(kRows * P::ROPE), scale = Vector(16, 0.125f);
+  // Scores spread alike in any number of dimensions.
+  Vector rope = angles(kRows * P::ROPE);
+  Vector scale = Vector(16, std::sqrt(2.0f / (P::LORA + P::ROPE)));
   std::vector<T> latents, ropes, latents_after, ropes_after;
 
   LatentRun(uint one, uint other, size_t period = 1 << 20) : Rows<T>(one, other, period) {
@@ -411,11 +413,10 @@ constexpr uint each(uint positions) {
 
 template <typename Run>
 class Attending : public testing::Test {};
-using Runs =
-    testing::Types<GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>,
-                   GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
-                   LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>,
-                   LatentRun<Latent<bfloat16_t, 12, 32, 1, 1>>>;
+using Runs = testing::Types<
+    GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>, GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
+    LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>,
+    LatentRun<Latent<bfloat16_t, 12, 32, 1, 1>>, LatentRun<Latent<bfloat16_t, 4, 32, 1, 2, 512>>>;
 TYPED_TEST_SUITE(Attending, Runs);
 
 TYPED_TEST(Attending, FewPositions) {

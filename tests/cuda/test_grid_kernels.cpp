@@ -243,6 +243,59 @@ TEST(GridKernels, ProjectLiesInItsBound) {
   }
 }
 
+// ---- a matrix for each head ----
+
+// The last block has half of its rows, and more rows than a thread to each quarter.
+template <int Tiles>
+struct OfHeads {
+  using T = bfloat16_t;
+  static constexpr int TILES = Tiles, HEADS = 2, X_HEAD = 256, PART = 192, LORA = PART, SPLITS = 1;
+  static constexpr int N = Tiles * 24, V = N;
+};
+
+template <int TILES>
+void expect_products_of_heads() {
+  using P = OfHeads<TILES>;
+  constexpr size_t ROWS = 2, BLOCKS = (P::N + TILES * 16 - 1) / (TILES * 16);
+  Stack<T> m(P::HEADS, P::N, P::PART, 4, 64);
+  Buffer<float> x(uniform_vector<float>(ROWS * P::HEADS * P::X_HEAD, -2.0f, 2.0f));
+  Buffer<float> partial(uniform_vector<float>(ROWS * P::HEADS * P::LORA, -2.0f, 2.0f));
+  Buffer<float> stats(std::vector<float>(ROWS * P::HEADS * 2, 1.0f));
+  Buffer<uint> places(std::vector<uint>(ROWS * 4, 0u));
+  const auto run = [&](auto make) {
+    return std::get<0>(in_every_order([&](Order order) {
+      auto out = Buffer<float>::output(ROWS * P::HEADS * P::N);
+      auto kernel = make(out);
+      check_sizes(kernel, {.rows = ROWS, .capacity = 0, .batches = 0, .sequences = 1});
+      emulator::dispatch({BLOCKS, P::HEADS, ROWS}, 256, order, [&] { kernel(); });
+      return std::tuple(out);
+    }));
+  };
+  const auto expect = [&](const Buffer<float>& got, const Buffer<float>& of, size_t stride) {
+    for (size_t head = 0; head < ROWS * P::HEADS; ++head) {
+      const auto part = doubles(of.values(), head * stride, P::PART);
+      for (size_t n = 0; n < P::N; ++n)
+        EXPECT_TRUE(
+            inside(got.values()[head * P::N + n], grid_dot(m, head % P::HEADS * P::N + n, part)))
+            << "head " << head << ", row " << n << " of " << TILES << " tiles";
+    }
+  };
+  expect(run([&](Buffer<float>& out) {
+           return kernels::grid_heads<P>{x, m.weight, m.scales, m.biases, out};
+         }),
+         x, P::X_HEAD);
+  expect(run([&](Buffer<float>& out) {
+           return kernels::grid_unembed<P>{partial,  stats,    places, m.weight,
+                                           m.scales, m.biases, out};
+         }),
+         partial, P::LORA);
+}
+
+TEST(GridKernels, MatrixOfAHeadInTiles) {
+  expect_products_of_heads<3>();
+  expect_products_of_heads<8>();
+}
+
 // ---- several rows, several tiles ----
 
 template <int Rows, int Cols>

@@ -28,19 +28,24 @@ void expect_caught(uint threads, uint cluster, const std::function<void()>& kern
   }
 }
 
-// Two blocks, and what each has for a float from both.
+// The same float twice.
+Floats<2> twice(float v) {
+  return {{v, v}};
+}
+
+// Two blocks, and what each has for two floats from both.
 struct Parts {
   emulator::Shared<float> floats;
   emulator::Shared<Arrivals> arrivals;
 
   void send() const {
-    if (thread_id < 2) send_part(floats + group_x, arrivals, thread_id, 1.0f);
+    if (thread_id < 2) send_part(floats + 2 * group_x, arrivals, thread_id, twice(1.0f));
   }
 };
 Parts expected_parts() {
-  SHARED_ARRAY(float, parts, 2);
+  SHARED_ARRAY(float, parts, 4);
   SHARED_ARRAY(Arrivals, arrivals, 1);
-  if (thread_id == 0) expect_parts(arrivals, 8);
+  if (thread_id == 0) expect_parts(arrivals, 16);
   return {parts, arrivals};
 }
 void meet() {
@@ -87,24 +92,40 @@ TEST(TensorDialect, MultipliesTiles) {
 }
 
 TEST(TensorDialect, BlocksSendToEachOther) {
-  auto out = Buffer<float>::output(4 * 4);
+  auto out = Buffer<float>::output(4 * 16);
   const Pointer<float> z(out);
   for (Order order : kOrders) {
     emulator::dispatch(
         {4, 1, 1}, 64, order,
         [=] {
-          SHARED_ARRAY(float, parts, 4);
+          SHARED_ARRAY(float, parts, 16);
           SHARED_ARRAY(Arrivals, arrivals, 1);
-          if (thread_id == 0) expect_parts(arrivals, 4 * 4);
+          if (thread_id == 0) expect_parts(arrivals, 4 * 16);
           cluster_arrive();
           cluster_wait();
-          if (thread_id < 4) send_part(parts + group_x, arrivals, thread_id, float(10 * group_x));
+          const float v = float(10 * group_x);
+          if (thread_id < 4)
+            send_part(parts + 4 * group_x, arrivals, thread_id,
+                      Floats<4>{{v, v + 1, v + 2, v + 3}});
           wait_for_parts(arrivals);
-          if (thread_id < 4) z[group_x * 4 + thread_id] = parts[thread_id];
+          if (thread_id < 16) z[group_x * 16 + thread_id] = parts[thread_id];
         },
         4);
-    for (size_t i = 0; i < 16; ++i) EXPECT_EQ(out.values()[i], float(10 * (i % 4)));
+    for (size_t i = 0; i < 64; ++i)
+      EXPECT_EQ(out.values()[i], float(10 * (i % 16 / 4) + i % 4)) << i;
   }
+}
+
+TEST(TensorDialect, CatchesAPartOutOfLine) {
+  expect_caught(
+      32, 2,
+      [] {
+        const Parts parts = expected_parts();
+        meet();
+        if (thread_id < 2) send_part(parts.floats + 1, parts.arrivals, thread_id, twice(1.0f));
+        wait_for_parts(parts.arrivals);
+      },
+      "misaligned part");
 }
 
 TEST(TensorDialect, CatchesAPartThatNobodyWaitedFor) {

@@ -54,10 +54,10 @@ struct GlmQuery : Common {
   static constexpr int H = 128, STRIDE = 288, NQ = 384, NK = 0, NV = 0;
 };
 struct GlmHeads : Common {
-  static constexpr int HEADS = 4, X_HEAD = 96, PART = 64, N = 128;
+  static constexpr int TILES = 8, HEADS = 4, X_HEAD = 96, PART = 64, N = 128;
 };
 struct GlmUnembed : Common {
-  static constexpr int HEADS = 4, LORA = 128, V = 64, SPLITS = 1;
+  static constexpr int TILES = 4, HEADS = 4, LORA = 128, V = 64, SPLITS = 1;
 };
 struct GlmAttention : GlmUnembed {
   static constexpr int BATCHES = 2, NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;

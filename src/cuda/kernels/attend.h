@@ -104,6 +104,7 @@ FUNC void score_tile(P keys, P queries, P high, P low, F stats, float scale, uin
 template <int D>
 struct ClusterAttended {
   static constexpr int SLICES = D / 16, MINE = (SLICES + 7) / 8;
+  static constexpr int TOGETHER = MINE % 2 == 0 ? 2 : 1;  // slices that are sent at once
   float top[2], sum[2];
   Floats<4> out[MINE];
 };
@@ -183,6 +184,15 @@ FUNC void attend_batch(ClusterAttended<D>& a, P keys, P values, P queries, P hig
   add_values<T, D, PITCH>(a, values, high, low, stats, tiles, warp, lane);
 }
 
+// Where dimension d of a head's part stands: what a lane sends at once, its dimensions g and g + 8
+// of some slices, beside each other.
+template <int D>
+FUNC uint part_place(uint d) {
+  constexpr uint TOGETHER = ClusterAttended<D>::TOGETHER;
+  uint slice = d / 16u, m = slice / 8u, of_warp = slice % 8u * 8u + d % 8u;
+  return (m / TOGETHER * 64u + of_warp) * (2u * TOGETHER) + m % TOGETHER * 2u + d / 8u % 2u;
+}
+
 // Each head's part to the block of that rank: gathered [kCluster][D], stats [kCluster][2].
 template <int D>
 FUNC constexpr uint bytes_of_parts() {
@@ -191,19 +201,23 @@ FUNC constexpr uint bytes_of_parts() {
 template <int D, typename F, typename C>
 FUNC void send_parts(const ClusterAttended<D>& a, F gathered, F stats, C arrivals, uint rank,
                      uint heads, uint warp, uint lane) {
+  constexpr int TOGETHER = ClusterAttended<D>::TOGETHER;
   UNROLL for (int i = 0; i < 2; ++i) {
     uint head = lane % 4u * 2u + uint(i);
     if (head >= heads) continue;
-    UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) {
-      uint slice = warp + 8u * uint(m), at = rank * D + slice * 16u + lane / 4u;
+    UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; m += TOGETHER) {
+      Floats<2 * TOGETHER> part;
+      UNROLL for (int j = 0; j < 2 * TOGETHER; ++j) {
+        part.v[j] = a.out[m + j / 2].v[j % 2 * 2 + i];
+      }
+      uint slice = warp + 8u * uint(m), dimension = slice * 16u + lane / 4u;
       if (slice < uint(ClusterAttended<D>::SLICES)) {
-        send_part(gathered + at, arrivals, head, a.out[m].v[i]);
-        send_part(gathered + (at + 8u), arrivals, head, a.out[m].v[2 + i]);
+        send_part(gathered + (rank * D + part_place<D>(dimension)), arrivals, head, part);
       }
     }
     if (warp == 0u && lane < 4u) {
-      send_part(stats + 2u * rank, arrivals, head, a.top[i]);
-      send_part(stats + (2u * rank + 1u), arrivals, head, a.sum[i]);
+      Floats<2> known = {{a.top[i], a.sum[i]}};
+      send_part(stats + 2u * rank, arrivals, head, known);
     }
   }
 }
@@ -226,7 +240,7 @@ FUNC void merge_parts(F gathered, F stats, P partial, P partial_stats, uint thre
     if (d < uint(D)) {
       float value = 0.0f;
       UNROLL for (int b = 0; b < kCluster; ++b) {
-        value = fma_rn(shares[b], gathered[uint(b) * D + d], value);
+        value = fma_rn(shares[b], gathered[uint(b) * D + part_place<D>(d)], value);
       }
       partial[d] = value * inverse;
     }

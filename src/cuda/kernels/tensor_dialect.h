@@ -227,8 +227,10 @@ FUNC void expect_parts(Arrivals* arrivals, uint bytes) {
                : "memory");
 #endif
 }
-// *p = v in the shared memory of the cluster's block `rank`, whose arrivals count it.
-FUNC void send_part(float* p, Arrivals* arrivals, uint rank, float v) {
+// N = 2 or 4 floats at p, aligned to all of them, in the shared memory of the cluster's block
+// `rank`, whose arrivals count them.
+template <int N>
+FUNC void send_part(float* p, Arrivals* arrivals, uint rank, Floats<N> v) {
 #if MOEFUSE_HOPPER
   uint there, count;
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -237,10 +239,19 @@ FUNC void send_part(float* p, Arrivals* arrivals, uint rank, float v) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(count)
       : "r"(uint(__cvta_generic_to_shared(arrivals))), "r"(rank));
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
-      "r"(__float_as_uint(v)), "r"(count)
-      : "memory");
+  if (N == 2) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+            there),
+        "f"(v.v[0]), "f"(v.v[1]), "r"(count)
+        : "memory");
+  } else {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(there),
+        "f"(v.v[0]), "f"(v.v[1]), "f"(v.v[N - 2]), "f"(v.v[N - 1]), "r"(count)
+        : "memory");
+  }
 #endif
 }
 // Ends when all that was expected has come.
