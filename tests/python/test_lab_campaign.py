@@ -2,8 +2,11 @@
 
 import getpass
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -253,6 +256,46 @@ def test_a_device_is_named_by_its_kind(monkeypatch):
     assert measure.memory_source() == "mlx"
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     assert environment.device_name() == "metal: NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("isa", "asked", "end"),
+    [
+        ("avx512", None, "cores"),
+        ("avx512", "", "cores"),  # empty is as good as unset, as in the kernels' dispatch
+        ("avx512", "avx512", "cores, AVX-512"),
+        ("avx2", None, "cores, AVX2"),
+        ("avx2", "avx2", "cores, AVX2"),
+        ("neon", None, "cores, NEON"),
+        ("plain", "plain", "cores, plain"),
+    ],
+)
+def test_a_processor_is_told_by_its_instruction_set(monkeypatch, on_cpu, isa, asked, end):
+    monkeypatch.setattr(environment._core, "cpu_isa", lambda: isa)
+    monkeypatch.delenv("MOEFUSE_ISA", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("MOEFUSE_ISA", asked)
+    name = environment.device_name()
+    assert name.startswith("cpu: ") and name.endswith(end)
+
+
+def test_processors_of_one_brand_keep_their_own_rows(monkeypatch, on_cpu):
+    def row(isa):
+        monkeypatch.setattr(environment._core, "cpu_isa", lambda: isa)
+        found = dict.fromkeys(ledger.KEYS, "same") | {"hardware": environment.device_name()}
+        return found | {"isa": isa}
+
+    monkeypatch.delenv("MOEFUSE_ISA", raising=False)
+    newest = ledger.latest([row("avx512"), row("avx2"), row("avx512")])
+    assert sorted(r["isa"] for r in newest) == ["avx2", "avx512"]
+
+
+def test_an_asked_for_table_names_the_device():
+    code = "from moefuse.lab import environment as e; print(e.device_name())"
+    words = [sys.executable, "-c", f"import mlx.core as mx; mx.set_default_device(mx.cpu); {code}"]
+    env = {**os.environ, "MOEFUSE_ISA": "plain"}
+    told = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
+    assert told.endswith("cores, plain\n")
 
 
 def test_rerun_repeats_and_refuses_another_model(done, tiny, tmp_path):  # noqa: F811

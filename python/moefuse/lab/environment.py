@@ -11,8 +11,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .. import _core
+
 FLAGS = ("ZMLX_", "MOEFUSE_", "MLX_", "OMP_")
 COMMIT = "MOEFUSE_GIT_COMMIT"
+ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON"}  # of the kernel tables
 
 
 def now() -> str:
@@ -64,14 +67,27 @@ def _os_name() -> str:
 
 
 def device_name() -> str:
-    """The default MLX device in words: `cuda: NVIDIA H200`, `cpu: Intel ..., 2 cores`."""
+    """The default MLX device in words: `cuda: NVIDIA H200`, `cpu: Intel ..., 2 cores`.
+
+    What the ledger tells machines apart by, so a CPU's name ends in the instruction set of the
+    kernels where that is not the usual one.
+    """
     device = mx.default_device()
     info = mx.device_info(device)
     name = info.get("device_name") or info.get("architecture") or platform.machine()
     if device.type == mx.cpu:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"cpu: {name}, {cores} cores"
+        return f"cpu: {name}, {cores} cores{_unusual_isa()}"
     return f"{'cuda' if mx.cuda.is_available() else 'metal'}: {name}"
+
+
+def _unusual_isa() -> str:
+    """Two processors of one brand may differ in it. Rows older than this are all of AVX-512, so
+    that goes without saying, unless MOEFUSE_ISA asks for it: that leaves the AMX tiles out."""
+    isa = _core.cpu_isa()
+    if isa == "avx512" and not os.environ.get("MOEFUSE_ISA"):
+        return ""
+    return f", {ISA_NAMES.get(isa, isa)}"
 
 
 def gpu() -> dict | None:
