@@ -237,14 +237,14 @@ def bench(
 ) -> None:
     """Measure variants against stock in pairs: capsules, ledger, notebook entry, ranking."""
     from .lab import bench as driver
-    from .lab import campaign, checkpoint, environment, files, grid
+    from .lab import checkpoint, environment, files, grid, schedule
     from .lab import variants as specs
 
     root = environment.repository_root()
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     folders = models or [root / "models" / name for name in TINY]
-    plan = campaign.QUICK_PLAN if quick else campaign.FULL_PLAN
-    plan = campaign.resized(plan, short=_size(short, "--short"), long=_size(long, "--long"))
+    plan = schedule.QUICK_PLAN if quick else schedule.FULL_PLAN
+    plan = schedule.resized(plan, short=_size(short, "--short"), long=_size(long, "--long"))
     plan = replace(plan, grid=grid.parse(context, batch))
     default = ",".join(specs.QUICK if quick else specs.FULL)
     wanted = [v for v in specs.parse_list(variants or default) if v.parts]
@@ -360,7 +360,7 @@ def fidelity(
     """
     from .lab import behaviour as manner
     from .lab import bench as driver
-    from .lab import campaign, checkpoint, environment, faults
+    from .lab import checkpoint, environment, faults, schedule
     from .lab import prompts as prompt_kinds
     from .lab import variants as specs
 
@@ -369,7 +369,7 @@ def fidelity(
         raise LabError(f"[fidelity] --plant: expected one of {sorted(known)}, got {plant}")
     wanted = specs.parse_list(variants or ",".join(specs.QUICK))
     root = environment.repository_root()
-    plan = campaign.Plan({"short": (tokens, 1)}, chunk=chunk)
+    plan = schedule.Plan({"short": (tokens, 1)}, chunk=chunk)
     judge = driver.open_campaign(
         checkpoint.inspect(model), plan, _engine(), prompt_file=prompts, root=root, out=Path(),
         command=_command(root, "fidelity", [model], {}),

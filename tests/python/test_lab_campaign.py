@@ -28,9 +28,9 @@ from moefuse.lab import (
     roofline,
     variants,
 )
-from moefuse.lab.campaign import FULL_PLAN, Plan, make_schedule, resized
 from moefuse.lab.grid import Grid
 from moefuse.lab.prompts import Prompt
+from moefuse.lab.schedule import FULL_PLAN, Plan, make_schedule, resized
 
 PLAN = Plan(
     {"short": (24, 2), "long": (32, 1)}, quick=True, extra_tokens=8, chunk=8,

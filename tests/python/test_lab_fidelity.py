@@ -19,7 +19,8 @@ from moefuse.lab import (
     prompts,
     variants,
 )
-from moefuse.lab.campaign import Plan, Side
+from moefuse.lab.schedule import Plan
+from moefuse.lab.sides import Side
 from scipy.special import rel_entr, softmax
 
 RNG = np.random.default_rng(7)

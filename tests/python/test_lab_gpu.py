@@ -25,7 +25,7 @@ from moefuse.lab import (
     synth,
     variants,
 )
-from moefuse.lab.campaign import Plan
+from moefuse.lab.schedule import Plan
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "benchmarks" / "cuda"

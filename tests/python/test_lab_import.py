@@ -17,7 +17,7 @@ from moefuse.lab import (
     ranking,
     variants,
 )
-from moefuse.lab.campaign import Plan
+from moefuse.lab.schedule import Plan
 from typer.testing import CliRunner
 
 PLAN = Plan({"short": (8, 1), "long": (8, 1)}, quick=True, extra_tokens=0, chunk=8)

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from . import LabError, capsule, checkpoint, files, ledger, notebook, prompts, ranking, variants
-from .campaign import Campaign, Plan, stored, unfinished
+from .campaign import Campaign
+from .resume import stored, unfinished
+from .schedule import Plan
 from .variants import STOCK, Variant
 
 

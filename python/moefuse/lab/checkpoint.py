@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.utils import load_model, load_tokenizer
 
 from .. import _core
-from . import LabError, files
+from . import LabError, environment, files
 
 FAMILIES = {"qwen3_moe": "qwen", "glm4_moe_lite": "glm"}
 EXPERTS_FIELD = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts"}
@@ -117,6 +117,19 @@ class Checkpoint:
                 _DIGESTS[self.stamps] = found
         self.require_unchanged()
         return _DIGESTS[self.stamps]
+
+    def record(self, root: Path) -> dict:
+        """The capsule's `model`. `synth` is what `moefuse synth` makes the same bytes from."""
+        made = self.config.get("moefuse_synth")
+        return {
+            **({"synth": made} if made else {}),
+            "path": environment.relative(self.path, root),
+            "kind": self.kind,
+            "digest": self.digest,
+            "model_type": self.model_type,
+            "geometry": self.geometry,
+            "quantization": self.quantization,
+        }
 
     def require_unchanged(self) -> None:
         """Raise LabError if a file is no longer the one that was checked."""

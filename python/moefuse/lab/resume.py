@@ -1,6 +1,7 @@
-"""Timed runs on disk as they end, so that a stop costs one slot of a campaign and not its pairs.
+"""What a stop leaves of a campaign: its capsules, and timed runs, which go to disk as they end.
 
-A file a campaign, gone when it is written up: its settings on the first line, then a line a slot.
+Runs are a file a campaign, gone when it is written up: its settings on the first line, then a
+line a slot.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from . import files
+from . import capsule, environment, files, ledger, notebook
+from .checkpoint import Checkpoint
 from .measure import Run
+from .schedule import Plan
 
 FOLDER = ".runs"
 
@@ -82,3 +85,50 @@ def _lines(path: Path) -> list[dict]:
         except ValueError:
             break
     return found
+
+
+def unlisted(out: Path, start: str = "") -> list[dict]:
+    """Rows of capsules that the ledger lacks: a process died between the two writes."""
+    rows, _ = ledger.read(out / ledger.NAME)
+    listed = {row["capsule"] for row in rows}
+    whole = [p.name for p in (out / capsule.FOLDER).glob("*.json") if p.name.startswith(start)]
+    missing = sorted({f"{capsule.FOLDER}/{name}" for name in whole} - listed)
+    return [capsule.row(capsule.read(out / name), name) for name in missing]
+
+
+def settings(checkpoint: Checkpoint, plan: Plan, root: Path) -> dict:
+    """What two parts of one campaign have in common, by the names that a ledger's row has."""
+    return {
+        "model_digest": checkpoint.digest,
+        "hardware": environment.device_name(),
+        "quick": plan.quick,
+        "max_tokens": {k: tokens for k, (tokens, _) in plan.lengths.items()},
+        "runs": {k: runs for k, (_, runs) in plan.lengths.items()},
+        "git_commit": environment.commit(root),
+        "env": environment.flags(),
+    }
+
+
+def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str | None:
+    """Id of the newest campaign with these settings, code and machine, if not written up yet."""
+    rows, _ = ledger.read(out / ledger.NAME)
+    same = settings(checkpoint, plan, root)
+    rows += unlisted(out)
+    ids = [r["campaign"] for r in rows if all(r.get(k) == v for k, v in same.items())]
+    if kept := newest(out, same):
+        ids.append(kept)
+    book = out / notebook.NAME
+    written = book.read_text(encoding="utf-8") if book.exists() else ""
+    name = max(ids, default=None)
+    entry = notebook.of_campaign(written, name) if name else ""
+    return name if not entry or notebook.STOPPED in entry else None
+
+
+def stored(out: Path, identity: str) -> dict[str, dict]:
+    """Variant name -> capsule of one campaign; those that the ledger lacks are added to it."""
+    for row in unlisted(out, identity):
+        if row["campaign"] == identity:
+            ledger.append(out / ledger.NAME, row)
+    rows, _ = ledger.read(out / ledger.NAME)
+    mine = [row for row in rows if row.get("campaign") == identity]
+    return {row["variant"]: capsule.read(files.inside(out, row["capsule"])) for row in mine}
