@@ -19,6 +19,7 @@ from moefuse.lab import (
     prompts,
     variants,
 )
+from moefuse.lab.oracle import Oracle, forced_logits
 from moefuse.lab.schedule import Plan
 from moefuse.lab.sides import Side
 from scipy.special import rel_entr, softmax
@@ -192,9 +193,7 @@ def campaign(tiny):  # noqa: F811
 def test_forced_logits_repeat_what_decoding_saw(campaign):
     prompt = campaign.prompts["dict"]
     tokens = campaign.stock_tokens("dict", 24)
-    logits = fidelity.forced_logits(
-        campaign.model, prompt.ids, tokens, fidelity.Window("dict", 5, 19)
-    )
+    logits = forced_logits(campaign.model, prompt.ids, tokens, fidelity.Window("dict", 5, 19))
     assert logits.argmax(-1).tolist() == list(tokens[5:])
 
 
@@ -328,7 +327,7 @@ def wavering(campaign, monkeypatch):
     inner = campaign.model.model
     for name, value in (
         ("engine", engine),
-        ("oracle", fidelity.Oracle(campaign.model, campaign.checkpoint, 32)),
+        ("oracle", Oracle(campaign.model, campaign.checkpoint, 32)),
         ("reference", {}),
         ("_itself", None),
         ("self_matched", 0),

@@ -16,7 +16,6 @@ from moefuse.lab import (
     checkpoint,
     environment,
     faults,
-    fidelity,
     measure,
     notebook,
     ranking,
@@ -25,6 +24,7 @@ from moefuse.lab import (
     synth,
     variants,
 )
+from moefuse.lab.oracle import load_oracle
 from moefuse.lab.schedule import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -235,13 +235,13 @@ def test_the_oracle_is_the_model_in_float32_and_refuses_tf32(tiny, monkeypatch):
     model = checkpoint.load_weights(found)
     with_file = checkpoint.load_weights(found)
     with_file.set_dtype(mx.float32)
-    oracle = dict(tree_flatten(fidelity.load_oracle(found, model).parameters()))
+    oracle = dict(tree_flatten(load_oracle(found, model).parameters()))
     for name, value in tree_flatten(with_file.parameters()):
         assert oracle[name].dtype == value.dtype and mx.array_equal(oracle[name], value), name
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
     with pytest.raises(LabError, match="MLX_ENABLE_TF32: expected 0"):
-        fidelity.load_oracle(found, model)
+        load_oracle(found, model)
 
 
 def test_a_copy_without_git_tells_its_commit(tmp_path, monkeypatch):

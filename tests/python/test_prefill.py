@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 from mlx_lm_support import MODELS, folder
 from moefuse import prefill
 from moefuse.lab.checkpoint import inspect
-from moefuse.lab.fidelity import load_oracle
+from moefuse.lab.oracle import load_oracle
 from moefuse.lab.variants import did_not_run, parse
 from patch_support import DTYPES, FAMILIES, bits, decode, prompt, same_bits, same_decode, tiny
 

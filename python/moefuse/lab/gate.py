@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 from . import faults, fidelity, prompts
+from .oracle import Oracle, forced_logits
 from .session import Session
 from .sides import Side
 from .variants import STOCK, Variant, applied
@@ -21,8 +22,8 @@ class Gate(Session):
     _itself: fidelity.Itself | None = None
 
     @cached_property
-    def oracle(self) -> fidelity.Oracle:
-        return fidelity.Oracle(self.model, self.checkpoint, self.plan.chunk)
+    def oracle(self) -> Oracle:
+        return Oracle(self.model, self.checkpoint, self.plan.chunk)
 
     def itself(self) -> fidelity.Itself:
         """How far stock repeats itself: its logits forced twice, and tokens it gave twice."""
@@ -115,7 +116,7 @@ class Gate(Session):
     def _forced(self, context: Callable, stock: dict, windows: dict) -> dict:
         with context():
             return {
-                name: fidelity.forced_logits(self.model, self.prompts[name].ids, stock[name], at)
+                name: forced_logits(self.model, self.prompts[name].ids, stock[name], at)
                 for name, at in windows.items()
             }
 
