@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moefuse.lab import ranking
+from moefuse.lab import cells, ranking
 from moefuse.lab.notebook import span
 
 ROOT = Path(__file__).parents[1]
@@ -13,7 +13,10 @@ PAGE = ROOT / "docs" / "NUMBERS.md"
 HEAD = """| device | model | variant | decode | 95 % | A/A | tok/s | fidelity | decision |
 |---|---|---|---|---|---|---|---|---|
 """
-TABLE = re.compile(r"(<!-- table: (full|quick) -->\n).*?(<!-- end -->)", re.S)
+CELLS_HEAD = """| device | model | variant | context | batch | decode | 95 % | A/A | tok/s | steps |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+TABLE = re.compile(r"(<!-- table: (full|quick|cells) -->\n).*?(<!-- end -->)", re.S)
 
 
 def line(row: dict) -> str:
@@ -42,9 +45,29 @@ def table(rows: list[dict], quick: bool) -> str:
     return HEAD + "".join(map(line, wanted))
 
 
+def cell_line(row: dict, cell: dict) -> str:
+    """A table row from a measured cell and its row of the ledger; the link tells the cell."""
+    variant, context, batch, decode, *rest = cells.columns(row, cell)
+    link = f"[{decode}](../benchmarks/{row['capsule']}#{context}x{batch})"
+    words = (row["hardware"], row["model_id"], variant, context, batch, link, *rest)
+    return "| " + " | ".join(words) + " |\n"
+
+
+def cells_table(rows: list[dict]) -> str:
+    """The newest of every measured cell; a quick run's are left out."""
+    known = [(row, cell) for row, cell in cells.newest(rows) if not row["quick"]]
+    return CELLS_HEAD + "".join(cell_line(r, c) for r, c in known if c["void"] is None)
+
+
 def filled(page: str, rows: list[dict]) -> str:
     """The page with its tables drawn anew."""
-    return TABLE.sub(lambda m: m[1] + table(rows, m[2] == "quick") + m[3], page)
+
+    def draw(match: re.Match) -> str:
+        kind = match[2]
+        drawn = cells_table(rows) if kind == "cells" else table(rows, kind == "quick")
+        return match[1] + drawn + match[3]
+
+    return TABLE.sub(draw, page)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,11 @@ def _guarded(command: Callable) -> Callable:
             )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            kept = "; what was finished is kept, --resume goes on"
-            err_console.print("interrupted" + (kept if command.__name__ == "bench" else ""))
+            kept = {
+                "bench": "; what was finished is kept, --resume goes on",
+                "cells": "; what was measured is kept",
+            }
+            err_console.print("interrupted" + kept.get(command.__name__, ""))
             raise typer.Exit(130) from None
 
     return run
@@ -334,6 +337,64 @@ def _show_outcomes(outcomes, out: Path, as_json: bool) -> None:
     _tell(f"ranking: {out / 'RANKING.md'}")
 
 
+@app.command(epilog="Example: moefuse cells models/qwen3-moe-tiny --context 128,1k --batch 1,2,4")
+@_guarded
+def cells(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Model folders; default: both in models/.")
+    ] = None,
+    variants: Variants = "step",
+    context: Annotated[str, typer.Option(help="Context lengths, tokens.")] = "128,1k",
+    batch: Annotated[str, typer.Option(help="Rows, at each context.")] = "1,2,4",
+    tokens: Annotated[int, typer.Option(min=1, help="Decoded tokens of a row.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Pairs of each cell.")] = 4,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no cell after so long; what was measured is kept.")
+    ] = None,
+    prompts: Prompts = None,
+    out: Out = Path("benchmarks"),
+    as_json: AsJson = False,
+) -> None:
+    """Decode rates beside stock by context length and batch, a capsule a variant."""
+    from .lab import bench as driver
+    from .lab import checkpoint, environment, files, grid, schedule, sweep
+    from .lab import variants as specs
+
+    root = environment.repository_root()
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    wanted = replace(grid.parse(context, batch), tokens=tokens, runs=runs)
+    chosen = [v for v in specs.parse_list(variants) if v.parts]
+    checked = [checkpoint.inspect(p) for p in models or [root / "models" / n for n in TINY]]
+    for found in checked:
+        driver.check_inputs(found, schedule.FULL_PLAN, prompts, root)
+    driver.prepare(out)
+    options = {
+        "--variants": variants, "--context": context, "--batch": batch, "--tokens": tokens,
+        "--runs": runs, "--prompts": prompts,
+    }  # fmt: skip
+    kept = []
+    with files.alone(out), _progress() as bar:
+        for found in checked:
+            record = sweep.Record(root, out, _command(root, "cells", [found.path], options))
+            choose = sweep.chooser(found, prompts, root)
+            kept += _sweep_one(bar, found, wanted, choose, chosen, record, deadline)
+            gc.collect()  # the next model's peak memory is its own
+        driver.write_ranking(out)
+    _show(kept, sweep.lines(kept), as_json)
+    if not kept:
+        raise LabError("[cells] --minutes: expected time for a cell, got none")
+
+
+def _sweep_one(bar, found, wanted, choose, variants, record, deadline) -> list[dict]:
+    from .lab import sweep
+
+    task = bar.add_task(f"{found.name} cells", total=wanted.size * len(variants))
+    loaded = sweep.load(
+        found, wanted, _engine(), choose, tick=lambda n: bar.advance(task, n), say=_say
+    )
+    return list(filter(None, (record.run(loaded, variant, deadline) for variant in variants)))
+
+
 @app.command(epilog="Example: moefuse fidelity models/qwen3-moe-tiny --plant wrong-weight")
 @_guarded
 def fidelity(
@@ -483,8 +544,9 @@ def report(
         raise typer.Exit(0 if same else 1)
     driver.prepare(out)
     if stopped:
-        for name in driver.write_up_stopped(out):
-            _say(f"written up: {name}")
+        with files.alone(out):
+            for name in driver.write_up_stopped(out):
+                _say(f"written up: {name}")
         text, _ = ranking.render(out)  # with the rows of capsules that the ledger lacked
     files.write_atomic(path, text)
     if html:
@@ -506,13 +568,17 @@ def rerun(
     prompts: Prompts = None,
     as_json: AsJson = False,
 ) -> None:
-    """Repeat a capsule's measurement. Exit code 1 if the new median leaves the old interval."""
+    """Repeat a capsule's measurement. Exit code 1 if a new ratio leaves its old interval."""
     from .lab import bench as driver
+    from .lab import capsule as kept
+    from .lab import sweep
     from .lab.environment import repository_root
 
+    of_cells = kept.is_cells(kept.read(capsule))
+    repeat = sweep.rerun if of_cells else driver.rerun
     with _progress() as bar:
         task = bar.add_task(f"rerun {capsule.name}", total=None)
-        found = driver.rerun(
+        found = repeat(
             capsule,
             _engine(),
             root=repository_root(),
@@ -520,19 +586,25 @@ def rerun(
             prompt_file=prompts,
             tick=lambda n: bar.advance(task, n),
         )
+    lines = sweep.rerun_lines(found) if of_cells else [_rerun_line(found)]
     if as_json:
         _print_json(found)
     else:
-        low, high = found["old_interval"]
-        where = "inside" if found["inside"] else "outside"
-        void = f"; void: {found['void']}" if found["void"] else ""
-        _tell(
-            f"{found['variant']}: new median {found['new_median']:.3f}x lies {where} the old "
-            f"interval {low:.3f}-{high:.3f}; stock decodes {found['new_stock_tok_s']:.1f} tok/s "
-            f"here, {found['old_stock_tok_s']:.1f} there{void}",
-        )
+        for line in lines:
+            _tell(line)
     if not found["inside"]:
         raise typer.Exit(1)
+
+
+def _rerun_line(found: dict) -> str:
+    low, high = found["old_interval"]
+    where = "inside" if found["inside"] else "outside"
+    void = f"; void: {found['void']}" if found["void"] else ""
+    return (
+        f"{found['variant']}: new median {found['new_median']:.3f}x lies {where} the old "
+        f"interval {low:.3f}-{high:.3f}; stock decodes {found['new_stock_tok_s']:.1f} tok/s "
+        f"here, {found['old_stock_tok_s']:.1f} there{void}"
+    )
 
 
 def _chat(tokenizer, prompt: str):

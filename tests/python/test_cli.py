@@ -12,7 +12,7 @@ from moefuse import cli
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("doctor", "synth", "bench", "fidelity", "report", "rerun", "generate")
+COMMANDS = ("doctor", "synth", "bench", "cells", "fidelity", "report", "rerun", "generate")
 runner = CliRunner()
 
 

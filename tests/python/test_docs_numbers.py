@@ -13,7 +13,8 @@ from moefuse.lab import ledger
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIGURE = re.compile(r"\[([\d.]+)x\]\([^)]*?(repro_capsules/[^)]+\.json)\)")
+# A figure of a cell tells which: NAME.json#CONTEXTxBATCH.
+FIGURE = re.compile(r"\[([\d.]+)x\]\([^)]*?(repro_capsules/[^)#]+\.json)(?:#(\d+x\d+))?\)")
 
 spec = importlib.util.spec_from_file_location("numbers_page", ROOT / "scripts" / "numbers_page.py")
 numbers = importlib.util.module_from_spec(spec)
@@ -30,12 +31,19 @@ def rows() -> dict[str, dict]:
     }
 
 
+def cell(found: dict, place: str) -> dict:
+    """The cell of a capsule at `CONTEXTxBATCH`."""
+    (here,) = (c for c in found["cells"] if f"{c['context']}x{c['batch']}" == place)
+    return here
+
+
 def wrong(text: str, known: dict[str, dict]) -> list[str]:
     """The linked figures that are not what their capsule says, to the digits they show."""
     bad = []
-    for figure, capsule in FIGURE.findall(text):
+    for figure, capsule, place in FIGURE.findall(text):
         digits = len(figure.partition(".")[2])
-        speedup = known[capsule]["found"]["summary"]["decode_speedup"]
+        found = known[capsule]["found"]
+        speedup = (cell(found, place) if place else found["summary"])["decode_speedup"]
         if f"{speedup:.{digits}f}" != figure:
             bad.append(f"{figure}x: {capsule} says {speedup}")
     return bad
@@ -56,7 +64,9 @@ def test_a_wrong_figure_is_seen():
 def test_every_row_of_the_numbers_page_is_its_capsules():
     known, page = rows(), numbers.PAGE.read_text()
     for text in (line for line in page.splitlines(keepends=True) if "repro_capsules/" in line):
-        assert text == numbers.line(known[FIGURE.search(text)[2]])
+        row, place = known[FIGURE.search(text)[2]], FIGURE.search(text)[3]
+        drawn = numbers.cell_line(row, cell(row["found"], place)) if place else numbers.line(row)
+        assert text == drawn
     unlinked = re.findall(r"\d+\.\d+x", FIGURE.sub("", page))
     assert unlinked == []
 

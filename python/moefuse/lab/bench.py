@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import LabError, capsule, checkpoint, files, ledger, notebook, prompts, ranking, variants
+from . import (
+    LabError,
+    capsule,
+    checkpoint,
+    files,
+    ledger,
+    notebook,
+    prompts,
+    ranking,
+    sweep,
+    variants,
+)
 from .campaign import Campaign
 from .resume import stored, unfinished
 from .schedule import Plan
@@ -127,7 +138,7 @@ def run(
 
 
 def write_up_stopped(out: Path) -> list[str]:
-    """Notebook entries of campaigns that a stop left without one; returns their names."""
+    """Notebook entries of what a stop left without one; returns their names."""
     book = out / notebook.NAME
     written = book.read_text(encoding="utf-8") if book.exists() else ""
     rows, _ = ledger.read(out / ledger.NAME)
@@ -139,7 +150,7 @@ def write_up_stopped(out: Path) -> list[str]:
         if control and (not former or notebook.STOPPED in former):
             notebook.add(book, name, notebook.entry(control, list(have.values()), {}, True))
             names.append(name)
-    return names
+    return names + sweep.write_up(out)
 
 
 def write_ranking(out: Path) -> list[str]:
@@ -164,11 +175,7 @@ def rerun(
     Raises LabError when the model or a prompt is not the capsule's. Writes nothing.
     """
     old = capsule.read(path)
-    found = checkpoint.inspect(model or files.inside(root, old["model"]["path"]))
-    if found.digest != old["model"]["digest"]:
-        raise LabError(
-            f"[rerun] model {found.name}: expected {old['model']['digest']}, got {found.digest}"
-        )
+    found = checkpoint.recorded(old["model"], root, model)
     lengths = {k: (old["max_tokens"][k], old["runs"][k]) for k in old["max_tokens"]}
     source = prompt_file or prompts.find_file(found.path, root)
     campaign = Campaign(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jsonschema
 
-from . import LabError, files
+from . import LabError, cells, files
 
 FOLDER = "repro_capsules"
 SCHEMA_NAME = "capsule.schema.json"
@@ -21,19 +21,29 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 
 def check(capsule: dict, name: str) -> None:
-    """Raise LabError for the first field that breaks the schema."""
+    """Raise LabError for the first field that breaks the schema, or cells that do not add up."""
     error = jsonschema.exceptions.best_match(_validator().iter_errors(capsule))
     if error:
         raise LabError(f"[capsule] {name} {error.json_path}: {error.message}")
+    if is_cells(capsule):
+        cells.check(capsule, name)
 
 
-def write(out: Path, name: str, capsule: dict) -> str:
-    """Store a capsule that is new by name; returns its path relative to `out`."""
+def is_cells(capsule: dict) -> bool:
+    """Whether it holds cells, and no variant's part of a campaign."""
+    return capsule.get("kind") == cells.KIND
+
+
+def write(out: Path, name: str, capsule: dict, again: bool = False) -> str:
+    """Store a capsule that is new by name; returns its path relative to `out`.
+
+    again: put it in the place of what this process has stored by that name.
+    """
     check(capsule, name)
     relative = f"{FOLDER}/{name}.json"
     (out / FOLDER).mkdir(exist_ok=True)
     path = files.inside(out / FOLDER, f"{name}.json")
-    if path.exists():
+    if path.exists() and not again:
         raise LabError(f"[capsule] {relative}: expected a new name, got one already taken")
     files.write_atomic(path, files.dump_json(capsule))
     return relative
@@ -53,8 +63,7 @@ def read(path: Path) -> dict:
 
 def row(capsule: dict, relative: str) -> dict:
     """The ledger row of a capsule stored at `relative`."""
-    meta, model, fidelity = capsule["meta"], capsule["model"], capsule["fidelity"]
-    base, patched, summary = capsule["baseline"], capsule["patched"], capsule["summary"]
+    meta, model = capsule["meta"], capsule["model"]
     return {
         "model_id": Path(model["path"]).name,
         "model_family": model["model_type"],
@@ -64,11 +73,22 @@ def row(capsule: dict, relative: str) -> dict:
         "quick": meta["quick"],
         "campaign": meta["campaign"],
         "env": meta["env"],
-        "patterns_applied": patched["patterns"],
         "hardware": meta["device"],
         "versions": {k: meta[f"{k}_version"] for k in ("mlx", "mlx_lm", "moefuse")},
         "git_commit": meta["git_commit"],
         "timestamp": meta["date"],
+        **(cells.row(capsule) if is_cells(capsule) else _pairs(capsule)),
+        "capsule": relative,
+        "model_digest": model["digest"],
+    }
+
+
+def _pairs(capsule: dict) -> dict:
+    """What a row says of a variant's pairs and its verdict."""
+    fidelity, summary = capsule["fidelity"], capsule["summary"]
+    base, patched = capsule["baseline"], capsule["patched"]
+    return {
+        "patterns_applied": patched["patterns"],
         "fidelity": fidelity["verdict"],
         "fidelity_detail": f"{fidelity['matched']}/{fidelity['total']} tokens identical",
         "modules_patched": patched["modules_patched"],
@@ -87,6 +107,4 @@ def row(capsule: dict, relative: str) -> dict:
         "runs": capsule["runs"],
         "decision": summary["decision"],
         "reason": summary["reason"],
-        "capsule": relative,
-        "model_digest": model["digest"],
     }

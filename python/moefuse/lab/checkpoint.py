@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,10 @@ class Checkpoint:
         self.require_unchanged()
         return _DIGESTS[self.stamps]
 
+    def digest_early(self) -> None:
+        """Begin on the digest in a thread: where it is asked for, a large one may be known."""
+        threading.Thread(target=_try_digest, args=(self,), daemon=True).start()
+
     def record(self, root: Path) -> dict:
         """The capsule's `model`. `synth` is what `moefuse synth` makes the same bytes from."""
         made = self.config.get("moefuse_synth")
@@ -131,6 +136,11 @@ class Checkpoint:
                     f"[checkpoint] {file.name}: expected the file that was checked, "
                     "got one that has changed since"
                 )
+
+
+def _try_digest(checkpoint: Checkpoint) -> None:
+    with suppress(LabError, OSError):  # told where the digest is asked for
+        _ = checkpoint.digest
 
 
 _DIGESTS: dict[tuple, str] = {}  # by stamps: a large model is read once
@@ -227,6 +237,16 @@ def inspect(path: str | Path) -> Checkpoint:
             tensors[name] = file.name
     _check_index(folder, tensors)
     return Checkpoint(folder.resolve(), config, parts, stamps)
+
+
+def recorded(record: dict, root: Path, elsewhere: Path | None = None) -> Checkpoint:
+    """The checkpoint that a capsule's `model` names. Raises LabError if it is another by now."""
+    found = inspect(elsewhere or files.inside(root, record["path"]))
+    if found.digest != record["digest"]:
+        raise LabError(
+            f"[rerun] model {found.name}: expected {record['digest']}, got {found.digest}"
+        )
+    return found
 
 
 def _load(checkpoint: Checkpoint, lazy: bool):

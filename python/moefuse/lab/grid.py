@@ -33,6 +33,11 @@ class Grid:
     runs: int = 2
 
     @property
+    def size(self) -> int:
+        """Cells."""
+        return len(self.contexts) * len(self.batches)
+
+    @property
     def units(self) -> int:
         """Token steps of one variant, for a progress bar."""
         decoded = len(self.batches) * 2 * self.runs * self.tokens
@@ -98,11 +103,11 @@ def _decode(model, cache: list, first: Sequence[int], count: int):
     return seconds, [step.tolist() for step in steps]
 
 
-class _Side:
-    """What one side of a cell showed: rates, tokens, peak memory, counters."""
+class Side:
+    """What one side of a cell showed: seconds, tokens of each step, peak memory, counters."""
 
     def __init__(self):
-        self.rates, self.tokens, self.peak, self.calls, self.decoded = [], [], 0.0, {}, 0
+        self.seconds, self.tokens, self.peak, self.calls, self.decoded = [], [], 0.0, {}, 0
 
     def run(self, model, variant: Variant, engine, cache, first, tokens: int) -> None:
         with applied(model, variant, engine) as report:
@@ -116,31 +121,49 @@ class _Side:
             for name, calls in (report.calls if report else {}).items():
                 self.calls[name] = self.calls.get(name, 0) + calls - before.get(name, 0)
         self.decoded += tokens
-        self.rates.append(tokens * len(first) / seconds)
+        self.seconds.append(seconds)
         self.tokens.append(found)
+
+    def same_steps(self, other: Side) -> int:
+        """Steps whose tokens, of every row, are the other's in the first run of each."""
+        return sum(x == y for x, y in zip(self.tokens[0], other.tokens[0], strict=True))
+
+
+def run_cell(
+    model, cache, ids, batch: int, grid: Grid, variant: Variant, engine, letters: str = "AB"
+) -> dict[str, Side]:
+    """The pairs of one context and batch, every other one backwards, by letter: B is the variant,
+    others are stock."""
+    first = [ids[-1 - row % len(ids)] for row in range(batch)]
+    sides = {letter: Side() for letter in letters}
+    for i in range(grid.runs):
+        for letter in letters if i % 2 == 0 else reversed(letters):
+            which = variant if letter == "B" else STOCK
+            sides[letter].run(model, which, engine, cache, first, grid.tokens)
+    return sides
+
+
+def void(variant: Variant, side: Side, layers: int) -> str | None:
+    """Why a cell says nothing, or None where the variant really ran."""
+    return did_not_run(variant, side.calls, side.decoded, layers, prompts=False)
 
 
 def _cell(model, cache, ids, batch: int, grid: Grid, variant: Variant, engine, layers: int):
     """One context and batch, A B B A."""
-    first = [ids[-1 - row % len(ids)] for row in range(batch)]
-    sides = {"A": _Side(), "B": _Side()}
-    for i in range(grid.runs):
-        for letter in "AB" if i % 2 == 0 else "BA":
-            which = STOCK if letter == "A" else variant
-            sides[letter].run(model, which, engine, cache, first, grid.tokens)
+    sides = run_cell(model, cache, ids, batch, grid, variant, engine)
     a, b = sides["A"], sides["B"]
-    speedup, interval = stats.ratio_interval(a.rates, b.rates)
-    same = sum(x == y for x, y in zip(a.tokens[0], b.tokens[0], strict=True))
+    rates = [[grid.tokens * batch / s for s in side.seconds] for side in (a, b)]
+    speedup, interval = stats.ratio_interval(*rates)
     return {
         "context": len(ids),
         "batch": batch,
-        "baseline_tok_s": a.rates,
-        "patched_tok_s": b.rates,
+        "baseline_tok_s": rates[0],
+        "patched_tok_s": rates[1],
         "decode_speedup": speedup,
         "interval": list(interval),
-        "same_steps": same,
+        "same_steps": a.same_steps(b),
         "peak_mem_gb": {"baseline": a.peak, "patched": b.peak},
-        "void": did_not_run(variant, b.calls, b.decoded, layers, prompts=False),
+        "void": void(variant, b, layers),
     }
 
 

@@ -6,6 +6,7 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 import matplotlib
 
@@ -13,7 +14,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from . import ranking, rates, roofline, stats
+from . import cells, ranking, rates, roofline, stats
 from .notebook import span
 
 STYLE = """
@@ -82,11 +83,11 @@ def plot_ceiling(rows: Sequence[dict]) -> str:
 def plot_grid(rows: Sequence[dict]) -> str:
     """SVG: decode rate against context at each batch, stock and variants; nothing if unmeasured."""
     known = [row for row in rows if row["found"].get("grid") and not ranking.is_control(row)]
-    cells = [(r["variant"], c) for r in known for c in _measured(r["found"])]
-    if not cells:
+    points = [(r["variant"], c) for r in known for c in _measured(r["found"])]
+    if not points:
         return ""
-    batches = sorted({cell["batch"] for _, cell in cells})
-    names = list(dict.fromkeys(name for name, _ in cells))
+    batches = sorted({cell["batch"] for _, cell in points})
+    names = list(dict.fromkeys(name for name, _ in points))
     figure, plots = plt.subplots(
         1, len(batches), figsize=(1.5 + 3.6 * len(batches), 3.4), sharey=True, squeeze=False
     )
@@ -94,7 +95,7 @@ def plot_grid(rows: Sequence[dict]) -> str:
         for number, name in enumerate(["stock", *names]):
             side = "baseline_tok_s" if name == "stock" else "patched_tok_s"
             of = names[0] if name == "stock" else name
-            mine = [c for who, c in cells if who == of and c["batch"] == batch]
+            mine = [c for who, c in points if who == of and c["batch"] == batch]
             colour = "#555555" if name == "stock" else f"C{number - 1}"
             _rates(axes, sorted(mine, key=lambda c: c["context"]), side, name, colour)
         axes.set_xscale("log", base=2)
@@ -115,14 +116,14 @@ def _measured(found: dict) -> list[dict]:
     return [cell for cell in found["grid"]["cells"] if cell["void"] is None]
 
 
-def _rates(axes, cells: Sequence[dict], side: str, name: str, colour: str) -> None:
+def _rates(axes, points: Sequence[dict], side: str, name: str, colour: str) -> None:
     """One line with the span of the runs at each point."""
-    middle = [statistics.median(cell[side]) for cell in cells]
+    middle = [statistics.median(cell[side]) for cell in points]
     span = [
-        [m - min(cell[side]) for m, cell in zip(middle, cells, strict=True)],
-        [max(cell[side]) - m for m, cell in zip(middle, cells, strict=True)],
+        [m - min(cell[side]) for m, cell in zip(middle, points, strict=True)],
+        [max(cell[side]) - m for m, cell in zip(middle, points, strict=True)],
     ]
-    at = [cell["context"] for cell in cells]
+    at = [cell["context"] for cell in points]
     axes.errorbar(at, middle, span, label=name, color=colour, marker="o", markersize=4, capsize=3)
 
 
@@ -132,9 +133,9 @@ def _table(rows: Sequence[dict]) -> str:
     body = []
     for rank, row in enumerate(rows, 1):
         part = roofline.share(row["found"], "patched")
-        cells = [*ranking.cells(str(rank), row)[:-1], "-" if part is None else f"{part:.1%}"]
+        words = [*ranking.columns(str(rank), row)[:-1], "-" if part is None else f"{part:.1%}"]
         kind = escape(row["decision"].split(":")[0])
-        tds = "".join(f"<td>{escape(cell.strip('`'))}</td>" for cell in cells)
+        tds = "".join(f"<td>{escape(word.strip('`'))}</td>" for word in words)
         body.append(f'<tr class="{kind}">{tds}</tr>')
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
@@ -166,11 +167,32 @@ def _grid_table(rows: Sequence[dict]) -> str:
     return f"<h3>Context and batch</h3><table><tr>{head}</tr>{''.join(body)}</table>"
 
 
-def _rates_section(cells: Sequence[dict]) -> str:
+def _rates_section(found: Sequence[dict]) -> str:
     """Rates without a capsule, drawn and listed as a grid's."""
-    row = {"variant": rates.VARIANT, "decision": "rates", "found": {"grid": {"cells": cells}}}
     told = "By benchmarks/cuda/mlx_lm_decode.py, A B B A, no capsule; A/A: stock's own two runs."
-    return f"{_grid_table([row])}<p>{told}</p>{plot_grid([row])}"
+    return _apart({rates.VARIANT: list(found)}, told)
+
+
+def _cells_section(found: Sequence[tuple[dict, dict]]) -> str:
+    """A model's cells, drawn and listed as a grid's."""
+    by_variant: dict[str, list[dict]] = {}
+    for row, cell in found:
+        here = {**cell, "commit": row["git_commit"]}
+        by_variant.setdefault(row["variant"], []).append(here)
+    names = ", ".join(dict.fromkeys(Path(row["capsule"]).stem for row, _ in found))
+    told = (
+        f"By moefuse cells, A B C and C B A; A/A: the two stock runs of a pair. Capsules: {names}."
+    )
+    return _apart(by_variant, told)
+
+
+def _apart(by_variant: Mapping[str, list[dict]], told: str) -> str:
+    """Cells that no campaign measured: their table, where they are from, and their plot."""
+    rows = [
+        {"variant": name, "decision": "", "found": {"grid": {"cells": listed}}}
+        for name, listed in by_variant.items()
+    ]
+    return f"{_grid_table(rows)}<p>{escape(told)}</p>{plot_grid(rows)}"
 
 
 def _reasons(rows: Sequence[dict]) -> str:
@@ -184,7 +206,11 @@ def _reasons(rows: Sequence[dict]) -> str:
 
 def render(rows: Sequence[dict], apart: Mapping[tuple[str, str], list[dict]] | None = None) -> str:
     """The whole page from `ranking.load`'s rows and `rates.load`'s cells."""
-    parts, left = ["<h1>moefuse ranking</h1>"], dict(apart or {})
+    parts, left = ["<h1>moefuse ranking</h1>"], {}
+    for (hardware, model, _), found in cells.by_model(rows).items():
+        left.setdefault((hardware, model), []).append(_cells_section(found))
+    for at, found in (apart or {}).items():
+        left.setdefault(at, []).append(_rates_section(found))
     for key, found in ranking.groups(rows):
         _, _, hardware, model, _ = key
         parts += [
@@ -194,10 +220,9 @@ def render(rows: Sequence[dict], apart: Mapping[tuple[str, str], list[dict]] | N
             plot_ceiling(found),
         ]
         parts += [_grid_table(found), plot_grid(found), _reasons(found)]
-        if cells := left.pop((hardware, model), None):
-            parts.append(_rates_section(cells))
-    for (hardware, model), cells in left.items():
-        parts += [f"<h2>{escape(f'{model} on {hardware}')}</h2>", _rates_section(cells)]
+        parts += left.pop((hardware, model), [])
+    for (hardware, model), sections in sorted(left.items()):
+        parts += [f"<h2>{escape(f'{model} on {hardware}')}</h2>", *sections]
     if not rows:
         parts.append("<p>No capsule yet.</p>")
     return (

@@ -64,7 +64,8 @@ def _news(source: Path, out: Path) -> dict[str, dict]:
             raise LabError(f"[import] {row['capsule']}: expected the capsule of a row, got none")
         if row != capsule.row(every[row["capsule"]], row["capsule"]):
             raise LabError(f"[import] {row['capsule']}: row and capsule differ")
-    controls = {found["control"]["capsule"] for found in every.values()}
+    parts = [found for found in every.values() if not capsule.is_cells(found)]
+    controls = {found["control"]["capsule"] for found in parts}
     listed = {row["capsule"] for row in ledger.read(out / ledger.NAME)[0]}
     fresh = {}
     for name in sorted(every, key=lambda n: _order(every[n])):
@@ -81,7 +82,7 @@ def _news(source: Path, out: Path) -> dict[str, dict]:
 
 
 def _order(found: dict) -> tuple:
-    later = found["summary"]["decision"] != "control"
+    later = capsule.is_cells(found) or found["summary"]["decision"] != "control"
     return found["meta"]["campaign"], later, found["meta"]["date"], found["variant"]
 
 

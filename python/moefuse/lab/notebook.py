@@ -8,7 +8,10 @@ from pathlib import Path
 from . import files
 
 NAME = "LAB_NOTEBOOK.md"
-HEADER = "# Lab notebook\n\nOne entry per campaign, newest last, written by `moefuse bench`.\n"
+HEADER = """# Lab notebook
+
+One entry per campaign or run of cells, newest last, written by `moefuse bench` and `moefuse cells`.
+"""
 
 
 STOPPED = "A stop left this campaign unfinished; `bench --resume` goes on with it."
@@ -106,11 +109,7 @@ def entry(
             f"Do {names} decode {Path(model['path']).name} faster than stock mlx-lm on "
             f"{meta['device']}, with stock's tokens?"
         ],
-        "Code delta": [
-            f"moefuse {meta['moefuse_version']} at commit {meta['git_commit'] or 'unknown'}; "
-            f"mlx {meta['mlx_version']}, mlx-lm {meta['mlx_lm_version']}. "
-            "Stock and variant differ in the patch alone, put on and taken off in one process."
-        ],
+        "Code delta": [_versions(meta)],
         "Method": [
             f"`{meta['command']}`: {sizes}; A B B A order, {len(control['prompts'])} prompts, "
             f"greedy, {'quick' if meta['quick'] else 'full'} lengths. A/A control in the same "
@@ -124,8 +123,78 @@ def entry(
         "Decision": [f"Promote `{best[0]['variant']}`."] if best else ["Promote nothing."],
         "Next": [*([STOPPED] if stopped else []), *_next(found, meta["quick"])],
     }
+    return _entry(meta["campaign"], sections)
+
+
+def cells_entry(found: Sequence[dict]) -> str:
+    """The text of a sweep's entry, from its capsules of cells, one a variant."""
+    meta, model, asked = found[0]["meta"], found[0]["model"], found[0]["asked"]
+    names = ", ".join(f"`{one['variant']}`" for one in found)
+    contexts, batches = (" ".join(map(str, asked[k])) for k in ("contexts", "batches"))
+    sections = {
+        "Question": [
+            f"At which contexts and batches does {names} decode {Path(model['path']).name} faster "
+            f"than stock mlx-lm on {meta['device']}, and by how much?"
+        ],
+        "Code delta": [_versions(meta)],
+        "Method": [
+            f"`{meta['command']}`: contexts {contexts}; batches {batches}; {asked['tokens']} "
+            f"tokens a row, {asked['runs']} pairs a cell, A B C and C B A with stock as A and C, "
+            "from stock's cache, greedy. A/A is C beside A; bootstrap 95 % intervals of the paired "
+            f"ratio; peak memory by {meta['memory_source']}."
+        ],
+        "Capsules": [f"- `repro_capsules/{meta['campaign']}-*.json` ({len(found)})"],
+        "Results": [line for one in found for line in _cell_lines(one)],
+        "Interpretation": [
+            f"`{one['variant']}` is beyond the A/A interval in {_beyond(one)} of "
+            f"{len(one['cells'])} cells." for one in found
+        ],
+        "Decision": ["None: cells inform, campaigns decide."],
+        "Next": [_cells_next(one) for one in found],
+    }  # fmt: skip
+    return _entry(meta["campaign"], sections)
+
+
+def _cell_lines(found: dict) -> list[str]:
+    lines = []
+    for cell in found["cells"]:
+        where = f"- `{found['variant']}`, context {cell['context']}, batch {cell['batch']}: "
+        if cell["void"] is not None:
+            lines.append(f"{where}void: {cell['void']}")
+            continue
+        lines.append(
+            f"{where}{cell['decode_speedup']:.3f}x decode [{span(cell['interval'])}], A/A "
+            f"{span(cell['aa_interval'])}, {cell['median_baseline_tok_s']:.1f} -> "
+            f"{cell['median_patched_tok_s']:.1f} tok/s, {cell['same_steps']}/"
+            f"{found['asked']['tokens']} steps are stock's"
+        )
+    return lines
+
+
+def _beyond(found: dict) -> int:
+    measured = [cell for cell in found["cells"] if cell["void"] is None]
+    return sum(cell["interval"][0] > cell["aa_interval"][1] for cell in measured)
+
+
+def _cells_next(found: dict) -> str:
+    asked = found["asked"]
+    left = len(asked["contexts"]) * len(asked["batches"]) - len(found["cells"])
+    if left:
+        return f"A stop or the time's end left {left} cells of `{found['variant']}` unmeasured."
+    return f"Nothing follows from the cells of `{found['variant']}` alone."
+
+
+def _entry(campaign: str, sections: dict[str, list[str]]) -> str:
     body = "\n\n".join(f"**{name}.** " + _join(lines) for name, lines in sections.items())
-    return f"\n## EXP-{meta['campaign']}\n\n{body}\n"
+    return f"\n## EXP-{campaign}\n\n{body}\n"
+
+
+def _versions(meta: dict) -> str:
+    return (
+        f"moefuse {meta['moefuse_version']} at commit {meta['git_commit'] or 'unknown'}; "
+        f"mlx {meta['mlx_version']}, mlx-lm {meta['mlx_lm_version']}. "
+        "Stock and variant differ in the patch alone, put on and taken off in one process."
+    )
 
 
 def _join(lines: Sequence[str]) -> str:

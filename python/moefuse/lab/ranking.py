@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from . import LabError, capsule, files, ledger
+from . import LabError, capsule, cells, files, ledger
 from .notebook import span
 
 NAME = "RANKING.md"
@@ -23,15 +23,16 @@ COLUMNS = (
 
 
 def load(out: Path) -> tuple[list[dict], list[str]]:
-    """(latest rows, each with its capsule under "found"; complaints about the ledger)."""
+    """(rows, each with its capsule under "found": the latest of every variant, and all of cells;
+    complaints about the ledger)."""
     rows, complaints = ledger.read(out / ledger.NAME)
-    newest = ledger.latest(rows)
-    for row in newest:
+    shown = ledger.latest(cells.without(rows)) + cells.of(rows)
+    for row in shown:
         row["found"] = capsule.read(files.inside(out, row["capsule"]))
         for key, value in capsule.row(row["found"], row["capsule"]).items():
             if row.get(key) != value:
                 raise LabError(f"[ledger] {row['capsule']} {key}: row and capsule differ")
-    return newest, complaints
+    return shown, complaints
 
 
 def _model(row: dict) -> tuple:
@@ -39,10 +40,11 @@ def _model(row: dict) -> tuple:
 
 
 def groups(rows: Sequence[dict]) -> list[tuple[tuple, list[dict]]]:
-    """Rows by (earlier, quick, hardware, model, digest), best decode ratio first.
+    """Rows of variants by (earlier, quick, hardware, model, digest), best decode ratio first.
 
     Full runs before quick ones; earlier: another checkpoint of that name has newer rows, so last.
     """
+    rows = cells.without(rows)
     newest = {_model(r): r["model_digest"] for r in sorted(rows, key=lambda r: r["timestamp"])}
 
     def place(row: dict) -> tuple:
@@ -60,7 +62,7 @@ def title(key: tuple) -> str:
     return f"{model} on {hardware}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def cells(rank: str, row: dict) -> tuple[str, ...]:
+def columns(rank: str, row: dict) -> tuple[str, ...]:
     found = row["found"]
     lengths = found["summary"]["lengths"]
     parts = [
@@ -83,8 +85,8 @@ def cells(rank: str, row: dict) -> tuple[str, ...]:
     )
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _line(words: Sequence[str]) -> str:
+    return "| " + " | ".join(words) + " |"
 
 
 def is_control(row: dict) -> bool:
@@ -126,8 +128,8 @@ def _section(key: tuple, rows: Sequence[dict]) -> list[str]:
             )
     lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     ranked = [row for row in rows if not is_control(row)]
-    lines += [_line(cells(str(i), row)) for i, row in enumerate(ranked, 1)]
-    lines += [_line(cells("-", row)) for row in rows if is_control(row)]
+    lines += [_line(columns(str(i), row)) for i, row in enumerate(ranked, 1)]
+    lines += [_line(columns("-", row)) for row in rows if is_control(row)]
     lines.append("\n" + _best_line(ranked))
     refused = [r for r in ranked if r["decision"] == "reject" or r["decision"].startswith("void")]
     if refused:
@@ -146,4 +148,5 @@ def render(out: Path) -> tuple[str, list[str]]:
     if not rows:
         return HEADER + "\nNo capsule yet.\n", complaints
     lines = [line for key, found in groups(rows) for line in _section(key, found)]
+    lines += cells.lines(rows)
     return HEADER + "\n".join(lines) + "\n", complaints

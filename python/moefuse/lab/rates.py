@@ -1,4 +1,4 @@
-"""Rates that benchmarks/cuda/mlx_lm_decode.py measured: decoding against context and batch.
+"""Rates that benchmarks/cuda/mlx_lm_decode.py measured, before cells had capsules (cells.py).
 
 They lie as JSON anywhere under a report's folder, with no capsule: one file a run, named
 `*mlx_lm_decode*.json` or `*mlx-lm*.json`. Here each becomes cells as a capsule's grid has them.

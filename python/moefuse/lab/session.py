@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 import mlx.core as mx
 
-from . import LabError, fidelity, measure, prompts, variants
+from . import fidelity, measure, prompts, variants
 from .checkpoint import Checkpoint, load
 from .schedule import Plan, make_schedule
 from .sides import Side
@@ -37,7 +35,7 @@ class Session:
         self.tick, self.say = tick, say
         self.model, self.tokenizer = load(checkpoint)
         if mx.default_device().type == mx.gpu:  # while it compiles, not in front of a capsule
-            threading.Thread(target=_digest_early, args=(checkpoint,), daemon=True).start()
+            checkpoint.digest_early()
         found = prompts_of(self.tokenizer)
         self.prompts = {p.name: p for p in found}
         self.schedule = make_schedule(found, plan)
@@ -108,8 +106,3 @@ class Session:
     def _void(self, variant: Variant, side: Side) -> str | None:
         layers = self.checkpoint.moe_layers
         return variants.did_not_run(variant, side.calls, side.decoded, layers)
-
-
-def _digest_early(checkpoint: Checkpoint) -> None:
-    with suppress(LabError, OSError):  # told where the digest is asked for
-        _ = checkpoint.digest
