@@ -1,7 +1,7 @@
 """The passes of campaign.sh, in one process: MLX loads and compiles its kernels anew in each.
 
 What matters most comes first. `full`: the step beside the control on whole models, contexts and
-batches through mlx-lm, then isolated kernels while time is left. `isolated`: the same control and
+batches, then isolated kernels while time is left. `isolated`: the same control and
 step on a few layers, then each kernel alone and their combinations, by importance; the first model
 leaves the second its share of the time and goes on behind it. `cells`: contexts and batches alone.
   python benchmarks/cuda/campaign.py WEIGHTS OUT SECONDS full|isolated|cells --models MODEL...
@@ -28,12 +28,12 @@ ISOLATED = (
 # Seconds on an H200, from stock's 94 and 34 tok/s: one more variant; contexts and batches. With a
 # few layers one more variant costs both models about as much.
 ONE_MORE = {"qwen3-30b-a3b": 75, "glm-4.7-flash": 190}
-CELLS = {"qwen3-30b-a3b": 60, "glm-4.7-flash": 70}
+CELLS = {"qwen3-30b-a3b": 80, "glm-4.7-flash": 110}
 ONE_ISOLATED = 20
-FAMILY = {"qwen3-30b-a3b": "qwen", "glm-4.7-flash": "glm"}
+ONE_CELL = 35  # the last that was started, with its context's prompt of up to 32,768 tokens
 PLAN = """predicted on an H200: compilation 75 to 150 s, once, if nothing was compiled ahead; of
 whole models control, step and faults 130 s for Qwen, 250 s for GLM; then, while time is left,
-contexts and batches 60 and 70 s, each further variant 75 and 190 s. Of four layers: control, step
+contexts and batches 80 and 110 s, each further variant 75 and 190 s. Of four layers: control, step
 and faults 60 s, each further variant 15 s. Stock's own rate is measured first and told."""
 
 
@@ -76,21 +76,14 @@ class Passes:
             raise SystemExit(130)
         return code
 
-    def cells(self, name: str, contexts: str, batches: str) -> None:
-        import mlx_lm_decode
-
-        words = [FAMILY[name], "--json", str(self.out / f"mlx_lm_decode-{name}.json")]
-        small = ("32", "1")  # stock at true width is slow on a CPU
-        contexts, batches = small if self.rehearse else (contexts, batches)
-        words += ["--contexts", contexts, "--batches", batches]
-        words += ["--layers", "1", "--vocab", "512", "--tokens", "12"] if self.rehearse else []
-        print(f"[{self.left:.0f} s left] mlx_lm_decode {' '.join(words)}", flush=True)
-        try:
-            mlx_lm_decode.main(words)
-        except Exception:
-            traceback.print_exc()
-        gc.collect()
-        mx.clear_cache()
+    def cells(self, name: str, contexts: str, batches: str, seconds: float) -> int:
+        """Contexts and batches, no cell that would start after `seconds`."""
+        size = ["--runs", "3"]
+        if self.rehearse:
+            contexts, batches, size = "32,48", "1,2", ["--tokens", "8", "--runs", "2"]
+        words = ["cells", str(self.folder(name)), "--variants", STEP, *size]
+        words += ["--context", contexts, "--batch", batches, "--out", str(self.out)]
+        return self.run([*words, "--minutes", f"{max(0.0, seconds) / 60:.3f}"])
 
 
 def full(passes: Passes, models: list[str]) -> None:
@@ -98,7 +91,7 @@ def full(passes: Passes, models: list[str]) -> None:
         passes.bench(name, EXTRAS, 0.0)
     for name in models:
         if passes.left > CELLS[name]:
-            passes.cells(name, "1024,128,16384", "1,4")
+            passes.cells(name, "1024,128,16384", "1,4", CELLS[name])
     for name in models:
         if passes.left > ONE_MORE[name] + 20:
             passes.bench(name, EXTRAS, passes.left - ONE_MORE[name])
@@ -117,8 +110,10 @@ def isolated(passes: Passes, models: list[str]) -> None:
 
 
 def cells(passes: Passes, models: list[str]) -> None:
-    for name in models:
-        passes.cells(name, "1024,32768,8192,128,16384", "1,4,2")
+    """Each model has its share of the time; the first contexts are those that cost least."""
+    for number, name in enumerate(models):
+        share = passes.left / (len(models) - number)
+        passes.cells(name, "1024,128,8192,32768,16384", "1,4,2", share - ONE_CELL)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -129,15 +124,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("mode", choices=["full", "isolated", "cells"])
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--layers", type=int, help="of the checkpoints, in their folders' names")
-    parser.add_argument("--models", nargs="+", choices=FAMILY, default=list(FAMILY))
+    parser.add_argument("--models", nargs="+", choices=ONE_MORE, default=list(ONE_MORE))
     chosen = parser.parse_args(words)
     passes = Passes(chosen)
     print(PLAN, flush=True)
-    if chosen.mode == "cells":
-        cells(passes, chosen.models)
-        return
     models = [name for name in chosen.models if passes.folder(name).is_dir()]
-    {"full": full, "isolated": isolated}[chosen.mode](passes, models)
+    {"full": full, "isolated": isolated, "cells": cells}[chosen.mode](passes, models)
 
 
 if __name__ == "__main__":

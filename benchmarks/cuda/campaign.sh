@@ -6,7 +6,7 @@
 # SECONDS (default 900): everything ends within them.
 # full (default): whole models, the step beside the control, then contexts and batches.
 # isolated: a few layers of each, so that stock is fast: every kernel alone and their combinations.
-# cells: contexts and batches alone, through mlx-lm, without checkpoints.
+# cells: contexts and batches alone, a capsule a model that grows with each cell.
 # rehearse: the small trained models in the checkpoints' place, quick, on any device.
 # Environment: PYTHON (default .venv/bin/python), MOEFUSE_GIT_COMMIT where there is no git,
 # CAMPAIGN_MODELS (default "qwen3-30b-a3b glm-4.7-flash"), CAMPAIGN_LAYERS (of isolated, default 4),
@@ -39,7 +39,7 @@ export MOEFUSE_GIT_COMMIT=${MOEFUSE_GIT_COMMIT:-$(git rev-parse --short=12 HEAD 
 weights=${CAMPAIGN_WEIGHTS:-$(mktemp -d "${TMPDIR:-/tmp}/moefuse.XXXXXX")}
 mkdir -p "$weights"
 # Two checkpoints are 34 GB: a RAM disk gives them back fastest, where one may be had.
-if [ -z "$rehearse" ] && [ "$mode" != cells ] && [ -z "$(ls -A "$weights")" ]; then
+if [ -z "$rehearse" ] && [ -z "$(ls -A "$weights")" ]; then
   mount -t tmpfs -o size=40g moefuse "$weights" 2>/dev/null
 fi
 models=${CAMPAIGN_MODELS:-qwen3-30b-a3b glm-4.7-flash}
@@ -111,7 +111,6 @@ checkpoint() {
 compiler=$!
 writers=
 for model in $models; do
-  [ "$mode" = cells ] && break
   checkpoint "$model" &
   writers="$writers $!"
 done

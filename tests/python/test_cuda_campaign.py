@@ -39,7 +39,8 @@ class Clock:
         self.done[name] = count
         self.log.append((name, count))
 
-    def cells(self, name, contexts, batches):
+    def cells(self, name, contexts, batches, seconds):
+        self.left -= seconds
         self.log.append((name, contexts, batches))
 
 
@@ -69,11 +70,13 @@ def test_every_isolated_variant_is_one_and_says_its_arithmetic(cuda_script):
 
 
 def test_cells_ask_for_a_long_context_and_every_batch(cuda_script):
-    passes = Clock(100.0)
-    cuda_script("campaign").cells(passes, ["a"])
-    ((_, contexts, batches),) = passes.log
-    assert {"128", "1024", "8192", "32768"} <= set(contexts.split(","))
-    assert sorted(batches.split(",")) == ["1", "2", "4"]
+    passes = Clock(200.0)
+    cuda_script("campaign").cells(passes, ["a", "b"])
+    assert passes.left >= 0
+    assert [name for name, *_ in passes.log] == ["a", "b"]
+    for _, contexts, batches in passes.log:
+        assert {"128", "1024", "8192", "32768"} <= set(contexts.split(","))
+        assert sorted(batches.split(",")) == ["1", "2", "4"]
 
 
 def test_every_job_is_a_product(cuda_script):
