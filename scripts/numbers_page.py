@@ -13,9 +13,11 @@ PAGE = ROOT / "docs" / "NUMBERS.md"
 HEAD = """| device | model | variant | decode | 95 % | A/A | tok/s | fidelity | decision |
 |---|---|---|---|---|---|---|---|---|
 """
-CELLS_HEAD = """| device | model | variant | context | batch | decode | 95 % | A/A | tok/s | steps |
-|---|---|---|---|---|---|---|---|---|---|
-"""
+CELLS_HEAD = (
+    "| device | model | variant | context | batch | decode | 95 % | A/A | tok/s | steps | busy |\n"
+    + "|---" * 11
+    + "|\n"
+)
 TABLE = re.compile(r"(<!-- table: (full|quick|cells) -->\n).*?(<!-- end -->)", re.S)
 
 

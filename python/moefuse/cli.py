@@ -571,14 +571,14 @@ def rerun(
     """Repeat a capsule's measurement. Exit code 1 if a new ratio leaves its old interval."""
     from .lab import bench as driver
     from .lab import capsule as kept
-    from .lab import sweep
+    from .lab import repeat
     from .lab.environment import repository_root
 
     of_cells = kept.is_cells(kept.read(capsule))
-    repeat = sweep.rerun if of_cells else driver.rerun
+    measure = repeat.rerun if of_cells else driver.rerun
     with _progress() as bar:
         task = bar.add_task(f"rerun {capsule.name}", total=None)
-        found = repeat(
+        found = measure(
             capsule,
             _engine(),
             root=repository_root(),
@@ -586,7 +586,7 @@ def rerun(
             prompt_file=prompts,
             tick=lambda n: bar.advance(task, n),
         )
-    lines = sweep.rerun_lines(found) if of_cells else [_rerun_line(found)]
+    lines = repeat.lines(found) if of_cells else [_rerun_line(found)]
     if as_json:
         _print_json(found)
     else:

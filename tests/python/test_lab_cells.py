@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import jsonschema
@@ -18,8 +19,10 @@ from moefuse.lab import (
     html,
     importer,
     ledger,
+    measure,
     notebook,
     ranking,
+    repeat,
     sweep,
     variants,
 )
@@ -62,6 +65,7 @@ def test_a_run_is_a_capsule_a_row_and_an_entry(done):
     for cell in stored["cells"]:
         assert cell["void"] is None and cell["same_steps"] == cell["again_same_steps"] == 6
         assert len(cell["seconds"]["again"]) == 2
+        assert cell["busy_elsewhere"] is None or cell["busy_elsewhere"] >= 0
     (row,), complaints = ledger.read(out / ledger.NAME)
     assert complaints == [] and row == capsule.row(stored, row["capsule"])
     assert row["kind"] == "cells" and row["quick"] and len(row["cells"]) == 4
@@ -223,20 +227,33 @@ def test_a_rerun_tells_of_each_cell(done, tiny, tmp_path):  # noqa: F811
     narrow.update(seconds=seconds, **cells.figures(6, 2, seconds))
     path = tmp_path / "NAME.json"
     path.write_text(json.dumps(wide))
-    told = sweep.rerun(path, FakeEngine(), root=tiny.parents[1])
+    told = repeat.rerun(path, FakeEngine(), root=tiny.parents[1])
     assert [(c["context"], c["batch"]) for c in told["cells"]] == PLACES
     assert [c["inside"] for c in told["cells"]] == [True, True, True, False]
     assert told["inside"] is False
-    lines = list(sweep.rerun_lines(told))
+    lines = list(repeat.lines(told))
     assert "context 40 batch 2" in lines[3] and "lies outside the old interval" in lines[3]
     del wide["cells"][1:]
     path.write_text(json.dumps({**wide, "complete": False}))  # the first cells alone
-    told = sweep.rerun(path, FakeEngine(), root=tiny.parents[1])
+    told = repeat.rerun(path, FakeEngine(), root=tiny.parents[1])
     assert told["inside"] and len(told["cells"]) == 1
     other = {**wide["model"], "digest": "sha256:" + "0" * 64}
     path.write_text(json.dumps({**wide, "complete": False, "model": other}))
     with pytest.raises(LabError, match=r"\[rerun\] model tiny: expected sha256:0000"):
-        sweep.rerun(path, FakeEngine(), root=tiny.parents[1])
+        repeat.rerun(path, FakeEngine(), root=tiny.parents[1])
+
+
+def test_who_else_kept_processors_busy(monkeypatch, tmp_path):
+    before, after = (100.0, 50.0, 10.0), (104.0, 57.0, 13.0)  # wall, everybody, this process
+    assert measure.busy_elsewhere(before, after) == 1.0
+    assert measure.busy_elsewhere(before, (104.0, 52.0, 13.0)) == 0.0  # clocks of other grain
+    assert measure.busy_elsewhere(None, after) is None
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 9999 8888 1 2 3 0 0\ncpu0 1\n")
+    monkeypatch.setattr(measure, "STAT", stat)
+    assert measure.processor_time()[1] == 156 / os.sysconf("SC_CLK_TCK")
+    stat.unlink()
+    assert measure.processor_time() is None
 
 
 def test_the_commands(tiny, tmp_path, monkeypatch):  # noqa: F811

@@ -16,7 +16,10 @@ from .notebook import span
 
 KIND = "cells"
 SIDES = ("baseline", "again", "patched")  # A, C and B of a pair: stock, stock once more, variant
-HEAD = ("variant", "context", "batch", "decode", "95 %", "A/A", "tok/s", "same steps", "capsule")
+HEAD = (
+    "variant", "context", "batch", "decode", "95 %", "A/A", "tok/s", "same steps", "busy elsewhere",
+    "capsule",
+)  # fmt: skip
 
 
 def figures(tokens: int, batch: int, seconds: dict[str, list[float]]) -> dict:
@@ -123,7 +126,7 @@ def columns(row: dict, cell: dict) -> tuple[str, ...]:
     """A line of a table, by HEAD but for the capsule."""
     where = (f"`{row['variant']}`", str(cell["context"]), str(cell["batch"]))
     if cell["void"] is not None:
-        return (*where, f"void: {cell['void']}", "", "", "", "")
+        return (*where, f"void: {cell['void']}", *[""] * (len(HEAD) - 5))
     both = (cell["median_baseline_tok_s"], cell["median_patched_tok_s"])
     return (
         *where,
@@ -132,6 +135,7 @@ def columns(row: dict, cell: dict) -> tuple[str, ...]:
         span(cell["aa_interval"]),
         " -> ".join(f"{rate:.1f}" for rate in both),
         f"{cell['same_steps']}/{row['tokens']}",
+        "-" if cell["busy_elsewhere"] is None else f"{cell['busy_elsewhere']:.2f}",
     )
 
 
@@ -142,8 +146,9 @@ def lines(rows: Iterable[dict]) -> list[str]:
         quick = " (quick: a first look)" if any(row["quick"] for row, _ in here) else ""
         found += [
             f"\n## {model} on {hardware}: context and batch{quick}\n",
-            f"Checkpoint `{digest[:19]}`; tokens/s of all rows of a batch together. These inform; "
-            "nothing is promoted by them.\n",
+            f"Checkpoint `{digest[:19]}`; tokens/s of all rows of a batch together; A/A: the two "
+            "stock runs of each pair; busy elsewhere: processors that others used meanwhile. These "
+            "inform; nothing is promoted by them.\n",
             _line(HEAD),
             _line(["---"] * len(HEAD)),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+STAT = Path("/proc/stat")
 WARMUP_TOKENS = 4
 PREFILL_CHUNK = 2048  # prompt tokens at once, as mlx-lm has it
 
@@ -67,6 +69,25 @@ def peak_gb(source: str) -> float:
         return mx.get_peak_memory() / 1e9
     line = next(ln for ln in STATUS.read_text().splitlines() if ln.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
+
+
+def processor_time() -> tuple[float, float, float] | None:
+    """(now, busy time of all processors, of this process) in seconds; None where none is told."""
+    try:
+        user, nice, system, _, _, *more = map(int, STAT.read_text().split("\n", 1)[0].split()[1:])
+    except (OSError, ValueError):
+        return None
+    busy = user + nice + system + sum(more[:3])  # interrupts, and what a host took for others
+    own = os.times()
+    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+def busy_elsewhere(before: tuple | None, after: tuple | None) -> float | None:
+    """How many processors others kept busy in between two `processor_time`s, on average."""
+    if before is None or after is None:
+        return None
+    wall, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return round(max(0.0, busy - own) / wall, 2)
 
 
 def copy_cache(model, cache: list) -> list:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import LabError, capsule, cells, environment, files, grid, ledger, measure, notebook, resume
+from . import capsule, cells, environment, files, grid, ledger, measure, notebook, resume
 from . import checkpoint as checkpoints
 from . import prompts as prompt_kinds
-from . import variants as specs
 from .grid import Grid
 from .variants import Variant
 
 LETTERS = "ABC"  # of a pair: stock, the variant, stock once more
 SIDE_OF = dict(zip("ACB", cells.SIDES, strict=True))
+NOTABLE = 0.1  # processors; less is the system's own
 LEAST_TOKENS, LEAST_RUNS = 64, 2  # fewer are a first look
 
 
@@ -59,9 +59,11 @@ class Sweep:
             mx.clear_cache()
 
     def _cell(self, cache, ids, batch: int, variant: Variant) -> dict:
+        before = measure.processor_time()
         sides = grid.run_cell(
             self.model, cache, ids, batch, self.grid, variant, self.engine, LETTERS
         )
+        elsewhere = measure.busy_elsewhere(before, measure.processor_time())
         a, b, c = (sides[letter] for letter in LETTERS)
         seconds = {name: sides[letter].seconds for letter, name in SIDE_OF.items()}
         return {
@@ -72,6 +74,7 @@ class Sweep:
             "again_same_steps": a.same_steps(c),
             "peak_mem_gb": {"baseline": max(a.peak, c.peak), "patched": b.peak},
             "calls": b.calls,
+            "busy_elsewhere": elsewhere,
         }
 
 
@@ -80,8 +83,14 @@ def _told(cell: dict) -> str:
         return f"void: {cell['void']}"
     return (
         f"{cell['median_baseline_tok_s']:.1f} -> {cell['median_patched_tok_s']:.1f} tok/s, "
-        f"{cell['decode_speedup']:.3f}x"
+        f"{cell['decode_speedup']:.3f}x{_beside_others(cell)}"
     )
+
+
+def _beside_others(cell: dict) -> str:
+    """Ratios of a machine that others share are not those of one at rest."""
+    busy = cell.get("busy_elsewhere") or 0.0
+    return f" (others kept {busy:.2f} processors busy)" if busy >= NOTABLE else ""
 
 
 def load(
@@ -182,63 +191,6 @@ def write_up(out: Path) -> list[str]:
     rows, _ = ledger.read(out / ledger.NAME)
     missing += [r for r in cells.of(rows) if not notebook.of_campaign(written, r["campaign"])]
     return list(dict.fromkeys(enter(out, row["capsule"]) for row in missing))
-
-
-def rerun(
-    path: Path, engine, *, root: Path, model: Path | None = None, prompt_file: Path | None = None,
-    **more,
-) -> dict:  # fmt: skip
-    """Repeat a capsule's cells -> each one's old interval, new ratio and whether it lies inside;
-    and stock's rate then and now (tok/s).
-
-    Raises LabError when the model or a prompt is not the capsule's. Writes nothing.
-    """
-    old = capsule.read(path)
-    found = checkpoints.recorded(old["model"], root, model)
-    source = prompt_file or prompt_kinds.find_file(found.path, root)
-    choose = partial(prompt_kinds.recorded, path=source, records=old["prompts"])
-    asked = old["asked"]
-    axes = tuple(asked["contexts"]), tuple(asked["batches"])
-    sweep = load(found, Grid(*axes, asked["tokens"], asked["runs"]), engine, choose, **more)
-    new = sweep.walk(specs.parse(old["variant"]))
-    both = zip(old["cells"], new, strict=False)  # an incomplete capsule has the first ones alone
-    told = [_beside(then, now) for then, now in both if then["void"] is None]
-    if not told:
-        raise LabError(f"[rerun] {path.name}: expected a measured cell, got none")
-    inside = all(cell["inside"] for cell in told)
-    return {"capsule": path.name, "variant": old["variant"], "cells": told, "inside": inside}
-
-
-def _beside(then: dict, now: dict) -> dict:
-    low, high = then["interval"]
-    new = now.get("decode_speedup")
-    return {
-        "context": then["context"],
-        "batch": then["batch"],
-        "old_interval": [low, high],
-        "old_speedup": then["decode_speedup"],
-        "new_speedup": new,
-        "old_stock_tok_s": then["median_baseline_tok_s"],
-        "new_stock_tok_s": now.get("median_baseline_tok_s"),
-        "inside": now["void"] is None and low <= new <= high,
-        "void": now["void"],
-    }
-
-
-def rerun_lines(found: dict) -> Iterator[str]:
-    """The same for people."""
-    for cell in found["cells"]:
-        where = f"{found['variant']} context {cell['context']} batch {cell['batch']}"
-        if cell["void"] is not None:
-            yield f"{where}: void: {cell['void']}"
-            continue
-        low, high = cell["old_interval"]
-        yield (
-            f"{where}: new ratio {cell['new_speedup']:.3f}x lies "
-            f"{'inside' if cell['inside'] else 'outside'} the old interval {low:.3f}-{high:.3f}; "
-            f"stock decodes {cell['new_stock_tok_s']:.1f} tok/s here, "
-            f"{cell['old_stock_tok_s']:.1f} there"
-        )
 
 
 def lines(found: Sequence[dict]) -> Iterator[str]:
