@@ -168,12 +168,12 @@ def allowed(*command: str) -> bool:
 
 
 def test_a_disk_that_is_really_full(repo):
-    """A file system of eight pages: the schema, the first capsule and its row, and no more."""
+    """A file system of nine pages: the schema, the first capsule and its row, and no more."""
     space = ("unshare", "-rm", "sh", "-c")
     if not allowed(*space, "mount -t tmpfs tmpfs /mnt"):
         pytest.skip("no file system of one's own here (unshare -rm)")
     (repo / "benchmarks").mkdir()
-    mount = 'mount -t tmpfs -o size=32k tmpfs benchmarks && "$@"; code=$?; ls -A benchmarks/*; '
+    mount = 'mount -t tmpfs -o size=36k tmpfs benchmarks && "$@"; code=$?; ls -A benchmarks/*; '
     end = "cat benchmarks/matrix.jsonl; exit $code"
     code, said = run(repo, *ROUTER, prefix=(*space, mount + end, "sh"))
     assert code == 2
