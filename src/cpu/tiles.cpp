@@ -19,31 +19,40 @@ namespace {
 
 constexpr int kStep = 32;       // terms in an instruction
 constexpr int kTile = 16 * 64;  // bytes
-constexpr int kGroups = Tiles::kMaxHeads / kLanes, kSteps = Tiles::kMaxDim / kStep;
-constexpr int kParts = 2;    // high, low
-constexpr int kBlock = 128;  // rows of a weighted sum in one go
+constexpr int kHeads = 8;       // of a group: their high parts and their low parts fill a tile
+constexpr int kGroups = Tiles::kMaxHeads / kHeads, kSteps = Tiles::kMaxDim / kStep;
+constexpr int kRows = 2 * kLanes;  // of the cache that are multiplied at once
+// Rows that all columns go over in turn, of one group and of more: their weights and 32 of their
+// columns stay in the first cache, and the more they are, the more rarely the sums leave their
+// tiles. One group keeps up with the memory, so that its rows should come evenly.
+constexpr int kFewRows = 64, kBlock = 192;
+constexpr int kAhead = 32;  // rows between what is read and what is asked for
+constexpr int kGroupSums = 2 * kTile / 4, kGroupWeights = kBlock / kStep * kTile;
 
 // GCC 12 does not know that tiles are loaded from memory.
 inline void memory_is_written() {
   asm volatile("" ::: "memory");
 }
 
-// All eight tiles whole; released at the end of the scope, so that nobody saves them for nothing.
+// All eight tiles, whole; released at the end of the scope, so that nobody saves them for nothing.
 struct TileScope {
-  struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  TileScope() {
+  TileScope() { set(kLanes); }
+  ~TileScope() { _tile_release(); }
+  // Tile 6, which holds rows of the cache or weights, and its sums in 0 to 5 have this many rows.
+  static void set(int rows) {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    for (int t = 0; t < 7; ++t) config.rows[t] = rows;
     memory_is_written();
     _tile_loadconfig(&config);
   }
-  ~TileScope() { _tile_release(); }
 };
 
-// Tiles 0 to 3, or the first two: the sums of up to 32 heads, from zero or from c.
-template <int kHeadGroups>
+// Tiles 2g and 2g + 1 are the sums of group g, up to three groups together: from zero or from c.
+template <int kGroups>
 inline void begin_sums(bool first, const float* c) {
   memory_is_written();
   if (first) {
@@ -51,40 +60,68 @@ inline void begin_sums(bool first, const float* c) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
     return;
   }
   _tile_loadd(0, c, 64);
   _tile_loadd(1, c + kTile / 4, 64);
-  if constexpr (kHeadGroups == 2) {
-    _tile_loadd(2, c + 2 * kTile / 4, 64);
-    _tile_loadd(3, c + 3 * kTile / 4, 64);
+  if constexpr (kGroups > 1) {
+    _tile_loadd(2, c + kGroupSums, 64);
+    _tile_loadd(3, c + kGroupSums + kTile / 4, 64);
+  }
+  if constexpr (kGroups > 2) {
+    _tile_loadd(4, c + 2 * kGroupSums, 64);
+    _tile_loadd(5, c + 2 * kGroupSums + kTile / 4, 64);
   }
 }
-template <int kHeadGroups>
+template <int kGroups>
 inline void store_sums(float* c) {
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTile / 4, 64);
-  if constexpr (kHeadGroups == 2) {
-    _tile_stored(2, c + 2 * kTile / 4, 64);
-    _tile_stored(3, c + 3 * kTile / 4, 64);
+  if constexpr (kGroups > 1) {
+    _tile_stored(2, c + kGroupSums, 64);
+    _tile_stored(3, c + kGroupSums + kTile / 4, 64);
+  }
+  if constexpr (kGroups > 2) {
+    _tile_stored(4, c + 2 * kGroupSums, 64);
+    _tile_stored(5, c + 2 * kGroupSums + kTile / 4, 64);
   }
 }
 
-// v[i] lane j <-> v[j] lane i.
+// Calls f(group, how many together as a constant) for all groups.
+template <class F>
+inline void with_groups(int heads, F&& f) {
+  const int groups = (heads + kHeads - 1) / kHeads;
+  int g = 0;
+  for (; g + 3 <= groups; g += 3) f(g, Count<3>{});
+  if (g + 2 == groups) f(g, Count<2>{});
+  if (g + 1 == groups) f(g, Count<1>{});
+}
+
+// Asks for 32 rows' share of a step, evenly in the order of the memory.
+inline void ask_for(const char* at) {
+  for (int i = 0; i < kRows; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+}
+
+// The lanes of v[0..15] transposed; of v[0..7], each half of the lanes for itself.
 // NOLINTBEGIN(bugprone-macro-parentheses): `low` and `high` bring their own.
+template <int kCount>
 inline void transpose(f32x16* v) {
 #define MOEFUSE_SWAP(step, low, high)                                   \
-  for (int i = 0; i < 16; ++i)                                          \
+  for (int i = 0; i < kCount; ++i)                                      \
     if (!(i & (step))) {                                                \
       const f32x16 a = v[i], b = v[i + (step)];                         \
       v[i] = __builtin_shufflevector(a, b, MOEFUSE_LIST low);           \
       v[i + (step)] = __builtin_shufflevector(a, b, MOEFUSE_LIST high); \
     }
-// NOLINTEND(bugprone-macro-parentheses)
+  // NOLINTEND(bugprone-macro-parentheses)
 #define MOEFUSE_LIST(...) __VA_ARGS__
+  if constexpr (kCount == 16) {
 #pragma GCC unroll 16
-  MOEFUSE_SWAP(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-               (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    MOEFUSE_SWAP(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                 (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  }
 #pragma GCC unroll 16
   MOEFUSE_SWAP(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
                (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
@@ -98,204 +135,255 @@ inline void transpose(f32x16* v) {
 #undef MOEFUSE_SWAP
 }
 
-// Sixteen floats in two bfloat16 parts.
-inline void split(f32x16 x, u16x16* parts) {
-  parts[0] = (u16x16)_mm512_cvtneps_pbh((__m512)x);
-  parts[1] = (u16x16)_mm512_cvtneps_pbh((__m512)(x - widen_bfloat16(parts[0])));
+// 32 floats in two bfloat16 parts.
+struct Split {
+  __m512bh high, low;
+};
+inline Split split(f32x16 x, f32x16 y) {
+  const __m512bh high = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+  const u16x32 bits = (u16x32)high;
+  u16x16 first, second;
+  memcpy(&first, &bits, 32);
+  memcpy(&second, (const char*)&bits + 32, 32);
+  x -= widen_bfloat16(first);
+  y -= widen_bfloat16(second);
+  return {high, _mm512_cvtne2ps_pbh((__m512)y, (__m512)x)};
 }
 
-// The queries as tiles B: [group of 16 heads][step][part].
-void queries_as_tiles(const float* q, int heads, int dim, char* out) {
-  const int steps = dim / kStep;
-  for (int g = 0; g * kLanes < heads; ++g)
-    for (int s = 0; s < steps; ++s) {
-      f32x16 pairs[kParts][kLanes] = {};
-      for (int h = 0; h < kLanes && g * kLanes + h < heads; ++h) {
-        const float* from = q + int64_t(g * kLanes + h) * dim + s * kStep;
-        u16x16 low[kParts], high[kParts];
-        split(load<f32x16>(from), low);
-        split(load<f32x16>(from + kLanes), high);
-        for (int p = 0; p < kParts; ++p) {
-          memcpy((char*)&pairs[p][h], &low[p], 32);
-          memcpy((char*)&pairs[p][h] + 32, &high[p], 32);
-        }
+// [group][step] tiles B.
+void queries(const float* q, int heads, int dim, char* out) {
+  for (int first = 0; first < heads; first += kHeads)
+    for (int k = 0; k < dim; k += kStep, out += kTile) {
+      f32x16 columns[kLanes] = {};
+#pragma GCC unroll 8
+      for (int h = 0; h < kHeads; ++h) {
+        if (first + h >= heads) continue;
+        const float* from = q + int64_t(first + h) * dim + k;
+        const Split parts = split(load<f32x16>(from), load<f32x16>(from + kLanes));
+        columns[h] = (f32x16)parts.high;
+        columns[kHeads + h] = (f32x16)parts.low;
       }
-      for (int p = 0; p < kParts; ++p) {
-        transpose(pairs[p]);
-        memcpy(out + (int64_t(g * steps + s) * kParts + p) * kTile, pairs[p], kTile);
-      }
+      transpose<kLanes>(columns);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(out + 64 * i, columns[i]);
     }
 }
 
-// c [2][groups] tiles (+)= some steps of the scores of 32 rows, `bytes` from one to the next. A
-// group's queries lie `group` bytes behind the group's before.
-template <int kHeadGroups>
-inline void add_scores(const char* rows, int64_t bytes, const char* queries, int64_t group,
-                       int steps, bool first, float* c) {
-  begin_sums<kHeadGroups>(first, c);
-  for (int s = 0; s < steps; ++s, rows += kStep * 2, queries += kParts * kTile) {
-    for (int r = 0; r < 2 * kLanes; ++r) __builtin_prefetch(rows + (kBlock + r) * bytes, 0, 2);
-    _tile_loadd(4, rows, bytes);
-    _tile_loadd(5, rows + kLanes * bytes, bytes);
-    _tile_loadd(6, queries, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(7, queries + kTile, 64);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_dpbf16ps(1, 5, 7);
-    if constexpr (kHeadGroups == 2) {
-      _tile_loadd(6, queries + group, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_dpbf16ps(3, 5, 6);
-      _tile_loadd(7, queries + group + kTile, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+// Tiles 2g += `steps` steps of the scores of sixteen rows, `bytes` from one to the next, tiles
+// 2g + 1 those of sixteen more. A group's queries lie `group` bytes behind the last's. Asks for the
+// rows at `ahead` if there are any.
+template <int kGroups>
+inline void add_scores(const char* rows, const char* more, int64_t bytes, const char* queries,
+                       int64_t group, int steps, const char* ahead) {
+  for (int s = 0; s < steps; ++s, queries += kTile, rows += kStep * 2, more += kStep * 2) {
+    if (ahead) ask_for(ahead + s * kRows * kStep * 2);
+    _tile_loadd(7, queries, 64);
+    _tile_loadd(6, rows, bytes);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(6, more, bytes);
+    _tile_dpbf16ps(1, 6, 7);
+    if constexpr (kGroups > 1) {
+      _tile_loadd(7, queries + group, 64);
+      _tile_dpbf16ps(3, 6, 7);
+      _tile_loadd(6, rows, bytes);
+      _tile_dpbf16ps(2, 6, 7);
+    }
+    if constexpr (kGroups > 2) {
+      _tile_loadd(7, queries + 2 * group, 64);
+      _tile_dpbf16ps(4, 6, 7);
+      _tile_loadd(6, more, bytes);
+      _tile_dpbf16ps(5, 6, 7);
     }
   }
-  store_sums<kHeadGroups>(c);
 }
 
 // Tile [group][r / 16] of c holds the scores of rows r: out[h * out_stride + r], r < count <= 32.
 void store_scores(const float* c, int heads, int count, float* out, int64_t out_stride) {
-  for (int first = 0; first < heads; first += kLanes)
-    for (int r = 0; r < count; r += kLanes) {
-      f32x16 v[kLanes];
-      memcpy(v, c + (2 * (first / kLanes) + r / kLanes) * kTile / 4, kTile);
-      transpose(v);
-      const __mmask16 mask = (1u << (count - r < kLanes ? count - r : kLanes)) - 1;
-      for (int h = first; h < first + kLanes && h < heads; ++h)
-        _mm512_mask_storeu_ps(out + h * out_stride + r, mask, (__m512)v[h - first]);
-    }
-}
-
-// A few steps of the queries at a time, so that they stay in the first cache for kBlock rows.
-void dots(const RowsArgs& a, const float* q, int heads, float* out, int64_t out_stride) {
-  constexpr int kFew = 4, kRows = 2 * kLanes, kSums = kGroups * 2 * kTile / 4;
-  const TileScope scope;
-  alignas(64) char queries[kGroups * kSteps * kParts * kTile];
-  alignas(64) uint16_t rest[kRows * Tiles::kMaxDim];
-  alignas(64) float c[kBlock / kRows * kSums];
-  queries_as_tiles(q, heads, a.dim, queries);
-  const int steps = a.dim / kStep, whole = a.rows / kRows * kRows;
-  const char* last = (const char*)a.data + whole * a.stride * 2;
-  if (whole < a.rows) memset(rest, 0, int64_t(kRows) * a.dim * 2);  // not read past the last row
-  for (int r = 0; r < a.rows - whole; ++r)
-    memcpy(rest + r * a.dim, last + r * a.stride * 2, a.dim * 2);
-  for (int j = 0; j < a.rows; j += kBlock) {
-    const int end = a.rows - j < kBlock ? a.rows : j + kBlock;
-    for (int s = 0; s < steps; s += kFew)
-      for (int r = j; r < end; r += kRows) {
-        const bool inside = r < whole;
-        const char* rows = inside ? (const char*)a.data + r * a.stride * 2 : (const char*)rest;
-        const int64_t bytes = inside ? a.stride * 2 : a.dim * 2;
-        (heads > kLanes ? add_scores<2> : add_scores<1>)(rows + s * kStep * 2, bytes,
-                                                         queries + s * kParts * kTile,
-                                                         int64_t(steps) * kParts * kTile,
-                                                         steps - s < kFew ? steps - s : kFew,
-                                                         s == 0, c + (r - j) / kRows * kSums);
+  for (int first = 0; first < heads; first += kHeads)
+    for (int r = 0; r < kRows; r += kLanes, c += kTile / 4) {
+      if (r >= count) continue;
+      f32x16 v[kHeads];  // of the rows i and 8 + i
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const f32x16 x = load<f32x16>(c + i * kLanes), y = load<f32x16>(c + (8 + i) * kLanes);
+        v[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
+                                       23) +
+               __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
+                                       30, 31);
       }
-    for (int r = j; r < end; r += kRows)
-      store_scores(c + (r - j) / kRows * kSums, heads, end - r < kRows ? end - r : kRows, out + r,
-                   out_stride);
-  }
+      transpose<kHeads>(v);
+      const __mmask16 mask = (1u << (count - r < kLanes ? count - r : kLanes)) - 1;
+#pragma GCC unroll 8
+      for (int h = 0; h < kHeads; ++h)
+        if (first + h < heads)
+          _mm512_mask_storeu_ps(out + (first + h) * out_stride + r, mask, (__m512)v[h]);
+    }
 }
 
-// The weights of the rows [j, j + count) as tiles A: [group][part][16 heads][kBlock], zeros behind.
+// c [group][2] tiles = the scores of `count` rows from row r on: 32, or up to sixteen.
+void score_rows(const TilePart* parts, int count_parts, int heads, int r, int count, float* c) {
+  with_groups(heads, [&](int g, auto together) {
+    begin_sums<together()>(true, c);
+    for (const TilePart* part = parts; part < parts + count_parts; ++part) {
+      const int64_t bytes = part->rows.stride * 2, group = int64_t(part->rows.dim) / kStep * kTile;
+      const char* rows = (const char*)part->rows.data + r * bytes;
+      add_scores<together()>(rows, count == kRows ? rows + kLanes * bytes : rows, bytes,
+                             part->queries + g * group, group, part->rows.dim / kStep,
+                             g == 0 ? rows + kAhead * bytes : nullptr);
+    }
+    store_sums<together()>(c + g * kGroupSums);
+  });
+}
+
+// The scores of some rows leave their tiles while the next rows' are multiplied: what a tile has
+// just stored is not to be had for a while.
+void dots(const TilePart* parts, int count_parts, int heads, float* out, int64_t out_stride) {
+  const int rows = parts->rows.rows;
+  const TileScope scope;
+  alignas(64) float c[2][kGroups * kGroupSums];
+  int last = 0, count = 0;
+  bool odd = false;
+  for (int r = 0; r < rows; last = r, r += count, odd = !odd) {
+    const int before = count, left = rows - r;
+    count = left >= kRows ? kRows : left >= kLanes ? kLanes : left;
+    if (count < kLanes) scope.set(count);
+    score_rows(parts, count_parts, heads, r, count, c[odd]);
+    store_scores(c[!odd], heads, before, out + last, out_stride);
+  }
+  store_scores(c[!odd], heads, count, out + last, out_stride);
+}
+
+// The weights of the rows [j, j + count) as tiles A: [group][kBlock / kStep], zeros behind.
 void weights_as_tiles(const float* weights, int heads, int64_t stride, int j, int count,
-                      uint16_t* out) {
+                      char* out) {
   for (int h = 0; h < heads; ++h) {
-    uint16_t* to = out + (h / kLanes * kParts * kLanes + h % kLanes) * kBlock;
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const int n = count - i < 0 ? 0 : count - i < kLanes ? count - i : kLanes;
-      u16x16 parts[kParts];
-      split(load_floats(weights + h * stride, Dtype::float32, j + i, n), parts);
-      for (int p = 0; p < kParts; ++p) memcpy(to + p * kLanes * kBlock + i, &parts[p], 32);
+    const float* from = weights + h * stride + j;
+    char* to = out + h / kHeads * kGroupWeights + h % kHeads * 64;
+    for (int i = 0; i < count; i += kStep, to += kTile) {
+      const int n = count - i;
+      const Split parts =
+          n >= kStep ? split(load<f32x16>(from + i), load<f32x16>(from + i + kLanes))
+                     : split(load_floats(from, Dtype::float32, i, n < kLanes ? n : kLanes),
+                             load_floats(from, Dtype::float32, i + kLanes,
+                                         n < kLanes ? 0 : n - kLanes));
+      memcpy(to, &parts.high, 64);
+      memcpy(to + kHeads * 64, &parts.low, 64);
     }
   }
 }
 
-// 32 columns of `count` rows as tiles B: [2][kBlock / kStep]. The unpacking leaves the columns
+// 32 columns of up to 32 rows as two tiles B, zeros behind. The unpacking leaves the columns
 // 8q + i in the first, 8q + 4 + i in the second, at place 4q + i.
 inline void columns_as_tiles(const char* rows, int64_t bytes, int count, char* out) {
-  constexpr int64_t second = kBlock / kStep * kTile;
-  for (int j = 0; j < count; j += 2, out += 64) {
-    __builtin_prefetch(rows + (j + kBlock) * bytes, 0, 2);
-    __builtin_prefetch(rows + (j + 1 + kBlock) * bytes, 0, 2);
-    const __m512i a = _mm512_loadu_si512(rows + j * bytes);
+  if (count >= kStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kStep; j += 2, out += 64) {
+      const __m512i a = _mm512_loadu_si512(rows + j * bytes);
+      const __m512i b = _mm512_loadu_si512(rows + (j + 1) * bytes);
+      _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(out + kTile, _mm512_unpackhi_epi16(a, b));
+    }
+    return;
+  }
+  for (int j = 0; j < kStep; j += 2, out += 64) {
+    const __m512i a = j < count ? _mm512_loadu_si512(rows + j * bytes) : __m512i{};
     const __m512i b = j + 1 < count ? _mm512_loadu_si512(rows + (j + 1) * bytes) : __m512i{};
     _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
-    _mm512_store_si512(out + second, _mm512_unpackhi_epi16(a, b));
-  }
-  for (int j = (count + 1) / 2; j % kLanes; ++j, out += 64) {
-    memset(out, 0, 64);
-    memset(out + second, 0, 64);
+    _mm512_store_si512(out + kTile, _mm512_unpackhi_epi16(a, b));
   }
 }
 
-// c [2][groups] tiles += weights * columns; the first block starts them.
-template <int kHeadGroups>
-inline void add_columns(const uint16_t* weights, const char* columns, int steps, bool first,
-                        float* c) {
-  constexpr int kPart = kLanes * kBlock, kGroup = kParts * kPart;
-  begin_sums<kHeadGroups>(first, c);
-  for (int s = 0; s < steps; ++s, columns += kTile, weights += kStep) {
-    _tile_loadd(6, columns, 64);
-    _tile_loadd(7, columns + kBlock / kStep * kTile, 64);
-    _tile_loadd(4, weights, 2 * kBlock);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, weights + kPart, 2 * kBlock);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_dpbf16ps(1, 5, 7);
-    if constexpr (kHeadGroups == 2) {
-      _tile_loadd(4, weights + kGroup, 2 * kBlock);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_dpbf16ps(3, 4, 7);
-      _tile_loadd(5, weights + kGroup + kPart, 2 * kBlock);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+// Tiles 2g += one step of group g's weights times the first half of the columns, 2g + 1 the other.
+template <int kGroups>
+inline void add_columns(const char* weights, const char* columns) {
+  _tile_loadd(7, columns, 64);
+  if constexpr (kGroups > 1) {
+    _tile_loadd(6, weights + kGroupWeights, 64);
+    _tile_dpbf16ps(2, 6, 7);
   }
-  store_sums<kHeadGroups>(c);
+  if constexpr (kGroups > 2) {
+    _tile_loadd(6, weights + 2 * kGroupWeights, 64);
+    _tile_dpbf16ps(4, 6, 7);
+  }
+  _tile_loadd(6, weights, 64);
+  _tile_dpbf16ps(0, 6, 7);
+  _tile_loadd(7, columns + kTile, 64);
+  _tile_dpbf16ps(1, 6, 7);
+  if constexpr (kGroups > 1) {
+    _tile_loadd(6, weights + kGroupWeights, 64);
+    _tile_dpbf16ps(3, 6, 7);
+  }
+  if constexpr (kGroups > 2) {
+    _tile_loadd(6, weights + 2 * kGroupWeights, 64);
+    _tile_dpbf16ps(5, 6, 7);
+  }
 }
 
-void weighted_sum(const RowsArgs& a, const float* weights, int heads, int64_t weights_stride,
-                  float* out) {
-  const TileScope scope;
-  constexpr int kSums = kGroups * 2 * kTile / 4;  // of 32 columns
-  alignas(64) float sums[kSteps * kSums];
-  alignas(64) uint16_t parts[kGroups * kParts * kLanes * kBlock] = {};
-  alignas(64) char columns[2 * kBlock / kStep * kTile];
-  for (int j = 0; j < a.rows; j += kBlock) {
-    const int count = a.rows - j < kBlock ? a.rows - j : kBlock,
-              steps = (count + kStep - 1) / kStep;
-    weights_as_tiles(weights, heads, weights_stride, j, count, parts);
-    for (int d = 0; d < a.dim; d += kStep) {
-      const char* rows = (const char*)a.data + (j * a.stride + d) * 2;
-      columns_as_tiles(rows, a.stride * 2, count, columns);
-      float* c = sums + d / kStep * kSums;
-      if (heads > kLanes)
-        add_columns<2>(parts, columns, steps, j == 0, c);
-      else
-        add_columns<1>(parts, columns, steps, j == 0, c);
-    }
-  }
+// sums [dim / 32][group][2] tiles (+)= the weights of `count` rows times the rows. The next 32
+// columns are laid out step by step as the last group is done with the place.
+void add_rows(const RowsArgs& a, int begin, int count, const char* weights, int heads, float* sums,
+              bool ask) {
+  constexpr int kSums = kGroups * kGroupSums;
+  alignas(64) char columns[kBlock / kStep * 2 * kTile];
+  const int steps = (count + kStep - 1) / kStep, groups = (heads + kHeads - 1) / kHeads;
+  const int64_t bytes = a.stride * 2;
+  const char* rows = (const char*)a.data + begin * bytes;
+  const char* ahead = rows + (count + kAhead) * bytes;
+  const auto lay_out = [&](int s, int d) {
+    columns_as_tiles(rows + s * kStep * bytes + d * 2, bytes, count - s * kStep,
+                     columns + s * 2 * kTile);
+  };
+  for (int s = 0; s < steps; ++s) lay_out(s, 0);
+  for (int d = 0; d < a.dim; d += kStep, sums += kSums)
+    with_groups(heads, [&](int g, auto together) {
+      const bool last = g + together() >= groups && d + kStep < a.dim;
+      float* c = sums + g * kGroupSums;
+      begin_sums<together()>(begin == 0, c);
+      for (int s = 0; s < steps; ++s) {
+        if (ask && g == 0) ask_for(ahead + (d / kStep * steps + s) * kRows * kStep * 2);
+        add_columns<together()>(weights + g * kGroupWeights + s * kTile, columns + s * 2 * kTile);
+        if (last) lay_out(s, d + kStep);
+      }
+      store_sums<together()>(c);
+    });
+}
+
+// High and low parts added, the columns in their order.
+void store_columns(const float* sums, int heads, int dim, float* out, int64_t out_stride) {
   for (int h = 0; h < heads; ++h)
-    for (int d = 0; d < a.dim; d += kStep) {
-      const float* c = sums + d / kStep * kSums + h / kLanes * 2 * kTile / 4 + h % kLanes * kLanes;
-      const f32x16 x = load<f32x16>(c), y = load<f32x16>(c + kTile / 4);
+    for (int d = 0; d < dim; d += kStep) {
+      const float* c = sums + (d / kStep * kGroups + h / kHeads) * kGroupSums + h % kHeads * kLanes;
+      const f32x16 x = load<f32x16>(c) + load<f32x16>(c + kHeads * kLanes);
+      c += kTile / 4;
+      const f32x16 y = load<f32x16>(c) + load<f32x16>(c + kHeads * kLanes);
       const f32x16 low =
           __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
       const f32x16 high = __builtin_shufflevector(x, y, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
                                                   15, 28, 29, 30, 31);
-      memcpy(out + int64_t(h) * a.dim + d, &low, 64);
-      memcpy(out + int64_t(h) * a.dim + d + kLanes, &high, 64);
+      store(out + h * out_stride + d, low);
+      store(out + h * out_stride + d + kLanes, high);
     }
+}
+
+void weighted_sum(const RowsArgs& a, const float* weights, int heads, int64_t weights_stride,
+                  float* out, int64_t out_stride, bool ask) {
+  const TileScope scope;
+  alignas(64) float sums[kSteps * kGroups * kGroupSums];
+  alignas(64) char parts[kGroups * kGroupWeights];
+  if (heads % kHeads)  // the last group's missing heads
+    memset(parts + heads / kHeads * kGroupWeights, 0, kGroupWeights);
+  const int block = heads > kHeads ? kBlock : kFewRows;
+  for (int j = 0; j < a.rows; j += block) {
+    const int count = a.rows - j < block ? a.rows - j : block;
+    weights_as_tiles(weights, heads, weights_stride, j, count, parts);
+    add_rows(a, j, count, parts, heads, sums, ask);
+  }
+  store_columns(sums, heads, a.dim, out, out_stride);
 }
 
 }  // namespace
 
 extern const Tiles kTiles;
-const Tiles kTiles = {.dots = dots, .weighted_sum = weighted_sum};
+const Tiles kTiles = {.queries = queries, .dots = dots, .weighted_sum = weighted_sum};
 
 }  // namespace moefuse::cpu

@@ -6,16 +6,29 @@
 
 namespace moefuse::cpu {
 
-struct Tiles {
-  static constexpr int kMaxDim = 1024, kMaxHeads = 32;
-
-  // Like the members of Kernels with these names, not exact; src/cpu/tiles.cpp has the bounds.
-  void (*dots)(const RowsArgs& rows, const float* q, int heads, float* out, int64_t out_stride);
-  void (*weighted_sum)(const RowsArgs& rows, const float* weights, int heads,
-                       int64_t weights_stride, float* out);
+// Rows, and the queries for them as Tiles::queries leaves them.
+struct TilePart {
+  RowsArgs rows;
+  const char* queries;
 };
 
-// With as few heads kernels() is as fast, or faster: the tiles are half empty.
+// src/cpu/tiles.cpp has the bounds.
+struct Tiles {
+  static constexpr int kMaxDim = 1024, kMaxHeads = 32;
+  // What queries() writes, to a multiple of 64.
+  static int64_t query_bytes(int heads, int dim) { return (heads + 7) / 8 * int64_t{32} * dim; }
+
+  void (*queries)(const float* q, int heads, int dim, char* out);
+  // out[h * out_stride + j] = the sum over the parts of query h . row j; the parts have as many
+  // rows, `dim` of all of them at most kMaxDim.
+  void (*dots)(const TilePart* parts, int count, int heads, float* out, int64_t out_stride);
+  // out[h * out_stride + d] = sum over j of weights[h * weights_stride + j] * row j [d]. Where
+  // `ask`, what follows the rows is not near yet and will be read next, as it always is for dots.
+  void (*weighted_sum)(const RowsArgs& rows, const float* weights, int heads,
+                       int64_t weights_stride, float* out, int64_t out_stride, bool ask);
+};
+
+// With fewer heads most of a tile is empty.
 constexpr int kLeastTileHeads = 8;
 
 // Whether the tiles take these rows.

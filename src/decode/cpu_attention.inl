@@ -146,6 +146,7 @@ void CpuStep<A>::Worker::attend(std::initializer_list<Part> parts, bool values_i
   } else {
     const int kv = shared_.cache_shape.kv_heads;
     const int groups = kv * ((heads / kv + kHeads - 1) / kHeads);
+    tile_group_ = -1;
     team_.share(thread_, rows() * groups * chunks(),
                 [&](int task) { attend_chunk(parts, values_in_keys, heads, task); });
     const int dim = values_in_keys ? shared_.cache_shape.key_dim : shared_.cache_shape.value_dim;
@@ -208,40 +209,82 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
     return rows;
   };
   const cpu::RowsArgs values = slice(values_in_keys);
-  const bool many = count > cpu::kLeastTileHeads && shared_.accumulate == Accumulate::fp32;
-  const cpu::Tiles* tiles = many ? cpu::tiles() : nullptr;
   const int n = values.rows, dim = values.dim;
   if (n <= 0) return;
+  std::vector<ChunkPart>& keys = chunk_parts_;
+  keys.clear();
+  for (const Part& part : parts) {
+    const cpu::RowsArgs rows = slice(part.keys);
+    const auto* q = reinterpret_cast<const float*>(part.queries);
+    keys.push_back({rows, q + (int64_t(r) * heads + head) * rows.dim});
+  }
   // The first of the values; the kernel asks for the rest as it goes.
   for (int i = 0; !values_in_keys && i < kFirstBytes; i += 64)
     __builtin_prefetch(static_cast<const char*>(values.data) + i, 0, 2);
+  const cpu::Tiles* tiles = tiles_for(values, count);
+  if (tiles)
+    score_on_tiles(*tiles, count, slots, group);
+  else
+    score(count, slots);
+  // One head's results lie `stride` behind the last's.
+  const int64_t stride = int64_t(chunks()) * (dim + 2);
+  float* out = shared_.partial.data() + (int64_t(r) * heads + head) * stride + chunk * (dim + 2);
+  float* scores = floats_.data();
+  for (int h = 0; h < count; ++h)
+    out[h * stride + 1] =
+        cpu::kernels().exponentials(scores + h * slots, n, out + h * stride);
+  if (tiles) {
+    tiles->weighted_sum(values, scores, count, slots, out + 2, stride, !values_in_keys);
+    return;
+  }
+  sums_.resize(size_t(count) * dim);
+  cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
+  for (int h = 0; h < count; ++h)
+    std::copy_n(sums_.data() + h * dim, dim, out + h * stride + 2);
+}
+
+// Tiles for `count` heads on the chunk's keys and values, if they take them.
+template <class A>
+const cpu::Tiles* CpuStep<A>::Worker::tiles_for(const cpu::RowsArgs& values, int count) const {
+  if (shared_.accumulate != Accumulate::fp32 || count < cpu::kLeastTileHeads) return nullptr;
+  bool fit = cpu::fit_tiles(values, count);
+  int dim = 0;
+  for (const ChunkPart& part : chunk_parts_) {
+    fit = fit && cpu::fit_tiles(part.keys, count);
+    dim += part.keys.dim;
+  }
+  return fit && dim <= cpu::Tiles::kMaxDim ? cpu::tiles() : nullptr;
+}
+
+// floats_ [count, slots] = the scores of the chunk's parts.
+template <class A>
+void CpuStep<A>::Worker::score(int count, int slots) {
   floats_.resize(2 * size_t(count) * slots);
   float *scores = floats_.data(), *more = scores + count * slots;
-  for (const Part& part : parts) {
-    const cpu::RowsArgs keys = slice(part.keys);
-    const auto* q =
-        reinterpret_cast<const float*>(part.queries) + (int64_t(r) * heads + head) * keys.dim;
-    const bool first = &part == parts.begin();
-    float* out = first ? scores : more;
-    if (tiles && cpu::fit_tiles(keys, count))
-      tiles->dots(keys, q, count, out, slots);
-    else
-      cpu::kernels().dots(false, keys, q, count, out, slots);
+  for (const ChunkPart& part : chunk_parts_) {
+    const bool first = &part == chunk_parts_.data();
+    cpu::kernels().dots(false, part.keys, part.queries, count, first ? scores : more, slots);
     if (!first)
       for (int i = 0; i < count * slots; ++i) scores[i] += more[i];
   }
-  sums_.resize(size_t(count) * dim);
-  float* partial = shared_.partial.data();
-  const auto at = [&](int h) {
-    return partial + ((int64_t(r) * heads + head + h) * chunks() + chunk) * (dim + 2);
-  };
-  for (int h = 0; h < count; ++h)
-    at(h)[1] = cpu::kernels().exponentials(scores + h * slots, n, at(h));
-  if (tiles && cpu::fit_tiles(values, count))
-    tiles->weighted_sum(values, scores, count, slots, sums_.data());
-  else
-    cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
-  for (int h = 0; h < count; ++h) std::copy_n(sums_.data() + h * dim, dim, at(h) + 2);
+}
+
+// The same. A group's queries become tiles with the first of its chunks that this thread takes.
+template <class A>
+void CpuStep<A>::Worker::score_on_tiles(const cpu::Tiles& tiles, int count, int slots, int group) {
+  floats_.resize(size_t(count) * slots);
+  tile_parts_.clear();
+  int64_t bytes = 0;
+  for (const ChunkPart& part : chunk_parts_) bytes += tiles.query_bytes(count, part.keys.dim);
+  tile_queries_.resize(bytes);
+  char* to = tile_queries_.data();
+  for (const ChunkPart& part : chunk_parts_) {
+    if (group != tile_group_) tiles.queries(part.queries, count, part.keys.dim, to);
+    tile_parts_.push_back({part.keys, to});
+    to += tiles.query_bytes(count, part.keys.dim);
+  }
+  tile_group_ = group;
+  tiles.dots(tile_parts_.data(), int(tile_parts_.size()), count, floats_.data(), slots);
 }
 
 template <class A>

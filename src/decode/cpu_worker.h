@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/moe_router.h"
+#include "cpu/tiles.h"
 #include "decode/cpu_step.h"
 #include "decode/lines.h"
 
@@ -87,6 +88,14 @@ class CpuStep<A>::Worker {
   void attend_exact(std::initializer_list<Part> parts, bool values_in_keys, int heads, int task,
                     A* out);
   void attend_chunk(std::initializer_list<Part> parts, bool values_in_keys, int heads, int task);
+  // One part of the chunk at hand: its rows, the queries of the first of its heads.
+  struct ChunkPart {
+    cpu::RowsArgs keys;
+    const float* queries;
+  };
+  const cpu::Tiles* tiles_for(const cpu::RowsArgs& values, int count) const;
+  void score(int count, int slots);
+  void score_on_tiles(const cpu::Tiles& tiles, int count, int slots, int group);
   void merge_chunks(int heads, int dim, int task, A* out) const;
   int chunks() const;  // of the longest row
 
@@ -101,6 +110,10 @@ class CpuStep<A>::Worker {
   Inputs<A> x_, inner_, shared_inner_;
   std::vector<A> normed_, scratch_, down_, scores_;
   Lines<float> queries_, floats_, sums_;
+  std::vector<ChunkPart> chunk_parts_;
+  std::vector<cpu::TilePart> tile_parts_;
+  Lines<char> tile_queries_;
+  int tile_group_ = -1;  // whose queries these are
   // The routing of this layer's rows, the same in every thread.
   cpu::Slots slots_;
   std::vector<uint32_t> experts_;
