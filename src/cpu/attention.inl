@@ -8,6 +8,7 @@ namespace moefuse::cpu {
 namespace {
 
 constexpr int kBlockRows = 64;  // that stay near while all heads go over them
+constexpr int kNearRows = 16;   // what is asked for lies so far ahead of heads that go alone
 // Sums in flight, as many as have room in the registers, and the most of them for one head.
 constexpr int kSumsAtOnce = kRegisters == 1 ? 16 : 4, kSumsOfHead = 4;
 constexpr int sums_of_head(int heads) {
@@ -77,18 +78,19 @@ inline void fused_dots_at(const RowsArgs& a, int row, const float* q, float* out
 }
 
 // The heads [h, h + kHeads) of `heads` on the rows [begin, end). Each head asks for its share of
-// what comes after the block.
+// what comes after the block, heads that go alone for what comes soon.
 template <Dtype kDtype, int kHeads>
 void fused_dots(const RowsArgs& a, int begin, int end, const float* q, int h, int heads, float* out,
                 int64_t out_stride) {
   constexpr int kRows = sums_of_head(kHeads), kBytes = itemsize(kDtype);
   const int64_t bytes = int64_t(kRows) * a.dim * kBytes;
   const int64_t from = bytes * h / heads, to = bytes * (h + kHeads) / heads;
+  const int distance = heads > kHeads ? kBlockRows : kNearRows;
   const float* queries = q + int64_t(h) * a.dim;
   float* scores = out + h * out_stride;
   int row = begin;
   for (; row + kRows <= end; row += kRows) {
-    const char* ahead = (const char*)a.data + (row + kBlockRows) * a.stride * kBytes;
+    const char* ahead = (const char*)a.data + (row + distance) * a.stride * kBytes;
     for (int64_t i = from; i < to; i += 64) __builtin_prefetch(ahead + i, 0, 2);
     fused_dots_at<kDtype, kHeads, kRows>(a, row, queries, scores, out_stride);
   }
