@@ -4,10 +4,11 @@
 // The cache's rows are bfloat16 as they are. A query or weight x in fp32 goes in as two bfloat16,
 // high and low: each rounding leaves at most 2^-8, so |x - high - low| <= 2^-16 |x|. Products are
 // exact in fp32. An instruction adds up to 16 of them in each of two chains, adds the two, and adds
-// that to C: with two instructions for each 32 of the n terms of a sum, u = 2^-24,
-//   |error| <= (2^-16 + u (1 + 2^-7) (2 ceil(n / 32) + 17)) sum |x y|
-// (16 in a chain, 1 for the two; |high| + |low| <= (1 + 2^-7) |x|). Numbers below 2^-126 count as
-// zero.
+// that to C. High and low parts have sums of their own, added at the end: with an instruction for
+// each 32 of the n terms of a sum, u = 2^-24,
+//   |error| <= (2^-16 + u (1 + 2^-7) (ceil(n / 32) + 18)) sum |x y|
+// (16 in a chain, 1 for the two, 1 for the parts; |high| + |low| <= (1 + 2^-7) |x|). Numbers below
+// 2^-126 count as zero.
 #include "cpu/tiles.h"
 
 #include <immintrin.h>
@@ -52,7 +53,7 @@ struct TileScope {
 };
 
 // Tiles 2g and 2g + 1 are the sums of group g, up to three groups together: from zero or from c.
-template <int kGroups>
+template <int kTogether>
 inline void begin_sums(bool first, const float* c) {
   memory_is_written();
   if (first) {
@@ -66,24 +67,24 @@ inline void begin_sums(bool first, const float* c) {
   }
   _tile_loadd(0, c, 64);
   _tile_loadd(1, c + kTile / 4, 64);
-  if constexpr (kGroups > 1) {
+  if constexpr (kTogether > 1) {
     _tile_loadd(2, c + kGroupSums, 64);
     _tile_loadd(3, c + kGroupSums + kTile / 4, 64);
   }
-  if constexpr (kGroups > 2) {
+  if constexpr (kTogether > 2) {
     _tile_loadd(4, c + 2 * kGroupSums, 64);
     _tile_loadd(5, c + 2 * kGroupSums + kTile / 4, 64);
   }
 }
-template <int kGroups>
+template <int kTogether>
 inline void store_sums(float* c) {
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTile / 4, 64);
-  if constexpr (kGroups > 1) {
+  if constexpr (kTogether > 1) {
     _tile_stored(2, c + kGroupSums, 64);
     _tile_stored(3, c + kGroupSums + kTile / 4, 64);
   }
-  if constexpr (kGroups > 2) {
+  if constexpr (kTogether > 2) {
     _tile_stored(4, c + 2 * kGroupSums, 64);
     _tile_stored(5, c + 2 * kGroupSums + kTile / 4, 64);
   }
@@ -172,7 +173,7 @@ void queries(const float* q, int heads, int dim, char* out) {
 // Tiles 2g += `steps` steps of the scores of sixteen rows, `bytes` from one to the next, tiles
 // 2g + 1 those of sixteen more. A group's queries lie `group` bytes behind the last's. Asks for the
 // rows at `ahead` if there are any.
-template <int kGroups>
+template <int kTogether>
 inline void add_scores(const char* rows, const char* more, int64_t bytes, const char* queries,
                        int64_t group, int steps, const char* ahead) {
   for (int s = 0; s < steps; ++s, queries += kTile, rows += kStep * 2, more += kStep * 2) {
@@ -182,13 +183,13 @@ inline void add_scores(const char* rows, const char* more, int64_t bytes, const 
     _tile_dpbf16ps(0, 6, 7);
     _tile_loadd(6, more, bytes);
     _tile_dpbf16ps(1, 6, 7);
-    if constexpr (kGroups > 1) {
+    if constexpr (kTogether > 1) {
       _tile_loadd(7, queries + group, 64);
       _tile_dpbf16ps(3, 6, 7);
       _tile_loadd(6, rows, bytes);
       _tile_dpbf16ps(2, 6, 7);
     }
-    if constexpr (kGroups > 2) {
+    if constexpr (kTogether > 2) {
       _tile_loadd(7, queries + 2 * group, 64);
       _tile_dpbf16ps(4, 6, 7);
       _tile_loadd(6, more, bytes);
@@ -206,10 +207,10 @@ void store_scores(const float* c, int heads, int count, float* out, int64_t out_
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         const f32x16 x = load<f32x16>(c + i * kLanes), y = load<f32x16>(c + (8 + i) * kLanes);
-        v[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
-                                       23) +
-               __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
-                                       30, 31);
+        v[i] =
+            __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+            __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
+                                    31);
       }
       transpose<kHeads>(v);
       const __mmask16 mask = (1u << (count - r < kLanes ? count - r : kLanes)) - 1;
@@ -262,10 +263,10 @@ void weights_as_tiles(const float* weights, int heads, int64_t stride, int j, in
     for (int i = 0; i < count; i += kStep, to += kTile) {
       const int n = count - i;
       const Split parts =
-          n >= kStep ? split(load<f32x16>(from + i), load<f32x16>(from + i + kLanes))
-                     : split(load_floats(from, Dtype::float32, i, n < kLanes ? n : kLanes),
-                             load_floats(from, Dtype::float32, i + kLanes,
-                                         n < kLanes ? 0 : n - kLanes));
+          n >= kStep
+              ? split(load<f32x16>(from + i), load<f32x16>(from + i + kLanes))
+              : split(load_floats(from, Dtype::float32, i, n < kLanes ? n : kLanes),
+                      load_floats(from, Dtype::float32, i + kLanes, n < kLanes ? 0 : n - kLanes));
       memcpy(to, &parts.high, 64);
       memcpy(to + kHeads * 64, &parts.low, 64);
     }
@@ -294,14 +295,14 @@ inline void columns_as_tiles(const char* rows, int64_t bytes, int count, char* o
 }
 
 // Tiles 2g += one step of group g's weights times the first half of the columns, 2g + 1 the other.
-template <int kGroups>
+template <int kTogether>
 inline void add_columns(const char* weights, const char* columns) {
   _tile_loadd(7, columns, 64);
-  if constexpr (kGroups > 1) {
+  if constexpr (kTogether > 1) {
     _tile_loadd(6, weights + kGroupWeights, 64);
     _tile_dpbf16ps(2, 6, 7);
   }
-  if constexpr (kGroups > 2) {
+  if constexpr (kTogether > 2) {
     _tile_loadd(6, weights + 2 * kGroupWeights, 64);
     _tile_dpbf16ps(4, 6, 7);
   }
@@ -309,11 +310,11 @@ inline void add_columns(const char* weights, const char* columns) {
   _tile_dpbf16ps(0, 6, 7);
   _tile_loadd(7, columns + kTile, 64);
   _tile_dpbf16ps(1, 6, 7);
-  if constexpr (kGroups > 1) {
+  if constexpr (kTogether > 1) {
     _tile_loadd(6, weights + kGroupWeights, 64);
     _tile_dpbf16ps(3, 6, 7);
   }
-  if constexpr (kGroups > 2) {
+  if constexpr (kTogether > 2) {
     _tile_loadd(6, weights + 2 * kGroupWeights, 64);
     _tile_dpbf16ps(5, 6, 7);
   }

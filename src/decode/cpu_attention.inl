@@ -231,16 +231,14 @@ void CpuStep<A>::Worker::attend_chunk(std::initializer_list<Part> parts, bool va
   float* out = shared_.partial.data() + (int64_t(r) * heads + head) * stride + chunk * (dim + 2);
   float* scores = floats_.data();
   for (int h = 0; h < count; ++h)
-    out[h * stride + 1] =
-        cpu::kernels().exponentials(scores + h * slots, n, out + h * stride);
+    out[h * stride + 1] = cpu::kernels().exponentials(scores + h * slots, n, out + h * stride);
   if (tiles) {
     tiles->weighted_sum(values, scores, count, slots, out + 2, stride, !values_in_keys);
     return;
   }
   sums_.resize(size_t(count) * dim);
   cpu::kernels().weighted_sum(false, values, scores, count, slots, sums_.data());
-  for (int h = 0; h < count; ++h)
-    std::copy_n(sums_.data() + h * dim, dim, out + h * stride + 2);
+  for (int h = 0; h < count; ++h) std::copy_n(sums_.data() + h * dim, dim, out + h * stride + 2);
 }
 
 // Tiles for `count` heads on the chunk's keys and values, if they take them.

@@ -2,6 +2,7 @@
 
 #include <chrono>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "decode/cpu_attention.inl"
 #include "decode/cpu_mlp.inl"
@@ -125,12 +126,33 @@ CpuStep<A>::CpuStep(const Plan& plan, Accumulate accumulate)
 template <class A>
 CpuStep<A>::~CpuStep() = default;
 
+// A page is looked up for every 4 kB of a cache otherwise. mlx-lm allocates new caches every 256
+// tokens; one layer's a step, so that no token waits for all of them.
+template <class A>
+void CpuStep<A>::put_a_cache_in_huge_pages() {
+  const CacheShape& shape = plan_.cache;
+  int sequences = 0;
+  for (const StepRow& row : shared_->rows) sequences = std::max(sequences, row.sequence + 1);
+  in_huge_pages_.resize(shared_->caches.size());
+  for (size_t layer = 0; layer < in_huge_pages_.size(); ++layer) {
+    const CacheView &now = shared_->caches[layer], &then = in_huge_pages_[layer];
+    if (now.keys == then.keys && now.values == then.values && now.slots == then.slots) continue;
+    in_huge_pages_[layer] = now;
+    const int64_t heads =
+        sequences * shape.kv_heads * now.slots * cpu::itemsize(shared_->cache_dtype);
+    cpu::use_huge_pages(now.keys, heads * shape.key_dim);
+    cpu::use_huge_pages(now.values, heads * shape.value_dim);
+    return;
+  }
+}
+
 template <class A>
 void CpuStep<A>::run(const std::vector<StepRow>& rows, const std::vector<CacheView>& caches,
                      A* logits) {
   shared_->rows = rows;
   shared_->caches = caches;
   shared_->logits = logits;
+  put_a_cache_in_huge_pages();
   int last = 0;
   for (const StepRow& row : rows) last = std::max(last, row.position);
   shared_->rope.reserve(last + 1, mlx_dtype<A>());

@@ -39,10 +39,13 @@ class CpuStep {
   class Worker;
   struct Shared;
 
+  void put_a_cache_in_huge_pages();
+
   Plan plan_;  // its norms converted to A
   std::unique_ptr<Shared> shared_;
   std::vector<std::unique_ptr<Worker>> workers_;
   std::vector<StageTime> times_;
+  std::vector<CacheView> in_huge_pages_;  // of each layer: the caches that were put there
 };
 
 }  // namespace moefuse

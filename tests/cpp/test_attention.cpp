@@ -201,7 +201,7 @@ TEST(Attention, EveryInstructionSetGivesTheBitsOfPlain) {
     }
 }
 
-// In one part, and, from 64 dimensions on, in two: the first 32 and the rest.
+// In one part, or in two: the first 32 dimensions and the rest.
 void tile_dots(const RowsArgs& a, const float* q, int heads, float* out, int64_t stride,
                bool split = false) {
   std::vector<TilePart> parts;
@@ -265,6 +265,9 @@ TEST(Tiles, AHeadAndARowDoNotSeeTheirNeighbours) {
                           false);
     EXPECT_TRUE(std::equal(sum.begin(), sum.end(), sums.begin() + h * dim)) << h;
   }
+  Floats in_two(20 * rows);
+  tile_dots(p.rows(), p.q.data(), 20, in_two.data(), rows, true);
+  EXPECT_TRUE(same_bits(in_two, together));
   RowsArgs last = p.rows();
   last.data = p.data.data() + 2 * (rows - 1) * last.stride;
   last.rows = 1;
