@@ -126,8 +126,11 @@ CpuStep<A>::CpuStep(const Plan& plan, Accumulate accumulate)
 template <class A>
 CpuStep<A>::~CpuStep() = default;
 
-// A page is looked up for every 4 kB of a cache otherwise. mlx-lm allocates new caches every 256
-// tokens; one layer's a step, so that no token waits for all of them.
+// A page is looked up for every 4 kB of a cache otherwise. One layer's a step, so that no token
+// waits for all of them; and none so short that it is replaced before the move has paid: 16 MB take
+// some 26 ms, what a long cache gives back within about 30 tokens.
+constexpr int64_t kLeastMoved = 8 << 20;  // bytes
+
 template <class A>
 void CpuStep<A>::put_a_cache_in_huge_pages() {
   const CacheShape& shape = plan_.cache;
@@ -140,8 +143,10 @@ void CpuStep<A>::put_a_cache_in_huge_pages() {
     in_huge_pages_[layer] = now;
     const int64_t heads =
         sequences * shape.kv_heads * now.slots * cpu::itemsize(shared_->cache_dtype);
-    cpu::use_huge_pages(now.keys, heads * shape.key_dim);
-    cpu::use_huge_pages(now.values, heads * shape.value_dim);
+    const int64_t keys = heads * shape.key_dim, values = heads * shape.value_dim;
+    if (std::max(keys, values) < kLeastMoved) continue;
+    if (keys >= kLeastMoved) cpu::use_huge_pages(now.keys, keys);
+    if (values >= kLeastMoved) cpu::use_huge_pages(now.values, values);
     return;
   }
 }

@@ -234,13 +234,14 @@ TEST(Tiles, StayInsideTheBoundOfTheOracle) {
          {std::pair{32, 1}, {64, 20}, {128, 8}, {128, 7}, {160, 16}, {576, 9}, {1024, 32}}) {
       const Problem p({rows, dim, heads, Dtype::bfloat16});
       ASSERT_TRUE(fit_tiles(p.rows(), heads));
-      const Kernels table{
-          .dots = [](bool, const RowsArgs& a, const float* q, int n, float* out,
-                     int64_t stride) { tile_dots(a, q, n, out, stride); },
-          .weighted_sum =
-              [](bool, const RowsArgs& a, const float* w, int n, int64_t stride, float* out) {
-                tiles()->weighted_sum(a, w, n, stride, out, a.dim, true);
-              }};
+      Kernels table{};
+      table.dots = [](bool, const RowsArgs& a, const float* q, int n, float* out, int64_t stride) {
+        tile_dots(a, q, n, out, stride);
+      };
+      table.weighted_sum = [](bool, const RowsArgs& a, const float* w, int n, int64_t stride,
+                              float* out) {
+        tiles()->weighted_sum(a, w, n, stride, out, a.dim, true);
+      };
       const auto steps = [](int n) { return (1 + 0x1p-7) * ((n + 31) / 32 + 18); };
       EXPECT_EQ(outside(p.dots(table, false), bound(p.dots_truth(), dim / 16.0 + 6, steps(dim))), 0)
           << name(p.c);
