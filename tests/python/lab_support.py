@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import quantize_model
-from moefuse.lab import faults
+from moefuse.lab import faults, grid
 from moefuse.lab.faults import moe_layers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -140,3 +140,15 @@ def tiny(tmp_path_factory) -> Path:
 def one_fault(monkeypatch):
     """Plant a single fault in the control: the others have their own tests, and take time."""
     monkeypatch.setattr(faults, "FAULTS", {"k-minus-1": faults.FAULTS["k-minus-1"]})
+
+
+def one_row_fits(monkeypatch):
+    """Makes a machine of this one that has no memory for more rows."""
+    plain = grid._decode
+
+    def decode(model, cache, first, count):
+        if len(first) > 1:
+            raise RuntimeError("out of memory")
+        return plain(model, cache, first, count)
+
+    monkeypatch.setattr(grid, "_decode", decode)

@@ -7,7 +7,7 @@ import shutil
 
 import jsonschema
 import pytest
-from lab_support import FakeEngine, tiny  # noqa: F401
+from lab_support import FakeEngine, one_row_fits, tiny  # noqa: F401
 from moefuse import cli
 from moefuse.lab import (
     LabError,
@@ -158,14 +158,7 @@ def test_no_cell_starts_after_the_deadline(tiny, tmp_path):  # noqa: F811
 
 
 def test_a_cell_that_cannot_run_is_void_and_the_next_one_runs(tiny, tmp_path, monkeypatch):  # noqa: F811
-    plain = grid._decode
-
-    def small_machine(model, cache, first, count):
-        if len(first) > 1:
-            raise RuntimeError("out of memory")
-        return plain(model, cache, first, count)
-
-    monkeypatch.setattr(grid, "_decode", small_machine)
+    one_row_fits(monkeypatch)
     found = run(tiny, tmp_path)
     assert [cell["void"] for cell in found["cells"]] == [None, "out of memory"] * 2
     idle = run(tiny, tmp_path / "idle", FakeEngine(runs=False), grid.Grid((16,), (1,), 6, 2))

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from lab_support import FakeEngine, tiny  # noqa: F401
+from lab_support import FakeEngine, one_row_fits, tiny  # noqa: F401
 from moefuse.lab import LabError, checkpoint, grid, measure, prompts, variants
 
 SMALL = grid.Grid((16, 40), (1, 2), tokens=6, runs=2)
@@ -62,14 +62,7 @@ def test_damage_shows_in_the_steps_and_a_patch_without_effect_is_void(loaded):
 
 def test_a_cell_that_the_machine_cannot_run_says_why(loaded, monkeypatch):
     model, found = loaded
-    plain = grid._decode
-
-    def small_machine(model, cache, first, count):
-        if len(first) > 1:
-            raise RuntimeError("out of memory")
-        return plain(model, cache, first, count)
-
-    monkeypatch.setattr(grid, "_decode", small_machine)
+    one_row_fits(monkeypatch)
     cells = grid.measure_grid(model, found, SMALL, variants.STOCK, FakeEngine(), 2)["cells"]
     assert [cell["void"] for cell in cells] == [None, "out of memory"] * 2
 
