@@ -215,6 +215,15 @@ def synth(
     _tell(f"{out}: {like} geometry, {layers} layers, vocabulary {vocab}, seed {seed}")
 
 
+def _deadline(minutes: float | None) -> float | None:
+    """By time.monotonic, so many minutes from now."""
+    return None if minutes is None else time.monotonic() + 60 * minutes
+
+
+def _small_models(root: Path) -> list[Path]:
+    return [root / "models" / name for name in TINY]
+
+
 @app.command(epilog="Example: moefuse bench models/qwen3-moe-tiny --variants router,experts")
 @_guarded
 def bench(
@@ -244,14 +253,13 @@ def bench(
     from .lab import variants as specs
 
     root = environment.repository_root()
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    folders = models or [root / "models" / name for name in TINY]
+    deadline = _deadline(minutes)
     plan = schedule.QUICK_PLAN if quick else schedule.FULL_PLAN
     plan = schedule.resized(plan, short=_size(short, "--short"), long=_size(long, "--long"))
     plan = replace(plan, grid=grid.parse(context, batch))
     default = ",".join(specs.QUICK if quick else specs.FULL)
     wanted = [v for v in specs.parse_list(variants or default) if v.parts]
-    checked = [checkpoint.inspect(folder) for folder in folders]
+    checked = [checkpoint.inspect(folder) for folder in models or _small_models(root)]
     for found in checked:
         driver.check_inputs(found, plan, prompts, root)
     driver.prepare(out)
@@ -361,10 +369,10 @@ def cells(
     from .lab import variants as specs
 
     root = environment.repository_root()
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline = _deadline(minutes)
     wanted = replace(grid.parse(context, batch), tokens=tokens, runs=runs)
     chosen = [v for v in specs.parse_list(variants) if v.parts]
-    checked = [checkpoint.inspect(p) for p in models or [root / "models" / n for n in TINY]]
+    checked = [checkpoint.inspect(folder) for folder in models or _small_models(root)]
     for found in checked:
         driver.check_inputs(found, schedule.FULL_PLAN, prompts, root)
     driver.prepare(out)

@@ -144,10 +144,9 @@ void CpuStep<A>::put_a_cache_in_huge_pages() {
     const int64_t heads =
         sequences * shape.kv_heads * now.slots * cpu::itemsize(shared_->cache_dtype);
     const int64_t keys = heads * shape.key_dim, values = heads * shape.value_dim;
-    if (std::max(keys, values) < kLeastMoved) continue;
     if (keys >= kLeastMoved) cpu::use_huge_pages(now.keys, keys);
     if (values >= kLeastMoved) cpu::use_huge_pages(now.values, values);
-    return;
+    if (std::max(keys, values) >= kLeastMoved) return;
   }
 }
 

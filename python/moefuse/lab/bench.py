@@ -140,7 +140,7 @@ def run(
 def write_up_stopped(out: Path) -> list[str]:
     """Notebook entries of what a stop left without one; returns their names."""
     book = out / notebook.NAME
-    written = book.read_text(encoding="utf-8") if book.exists() else ""
+    written = notebook.read(out)
     rows, _ = ledger.read(out / ledger.NAME)
     names = []
     for name in dict.fromkeys(row["campaign"] for row in rows):

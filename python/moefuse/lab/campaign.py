@@ -58,7 +58,7 @@ class Campaign(Pairs, Gate):
         self.roofline: dict | None = None
 
     def _new_id(self) -> str:
-        stamp = environment.now().replace("-", "").replace(":", "")
+        stamp = environment.stamp(environment.now())
         return f"{stamp}-{self.checkpoint.name}{'-quick' if self.plan.quick else ''}"
 
     def measure_control(self, beside: Variant | None = None) -> dict:

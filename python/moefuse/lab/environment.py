@@ -18,6 +18,11 @@ COMMIT = "MOEFUSE_GIT_COMMIT"
 ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON"}  # of the kernel tables
 
 
+def stamp(time: str) -> str:
+    """A `now()` as names of campaigns have it."""
+    return time.replace("-", "").replace(":", "")
+
+
 def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 

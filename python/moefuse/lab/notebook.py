@@ -17,6 +17,12 @@ One entry per campaign or run of cells, newest last, written by `moefuse bench` 
 STOPPED = "A stop left this campaign unfinished; `bench --resume` goes on with it."
 
 
+def read(out: Path) -> str:
+    """The notebook of a folder, empty where there is none yet."""
+    path = out / NAME
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def span(interval: Sequence[float]) -> str:
     return f"{interval[0]:.3f}-{interval[1]:.3f}"
 

@@ -117,8 +117,7 @@ def unfinished(out: Path, checkpoint: Checkpoint, plan: Plan, root: Path) -> str
     ids = [r["campaign"] for r in rows if all(r.get(k) == v for k, v in same.items())]
     if kept := newest(out, same):
         ids.append(kept)
-    book = out / notebook.NAME
-    written = book.read_text(encoding="utf-8") if book.exists() else ""
+    written = notebook.read(out)
     name = max(ids, default=None)
     entry = notebook.of_campaign(written, name) if name else ""
     return name if not entry or notebook.STOPPED in entry else None

@@ -21,7 +21,6 @@ class Plan:
 
 
 FULL_PLAN = Plan({"short": (200, 3), "long": (1024, 2)})
-FAULT_PROMPTS = 2  # whose first positions every planted fault is forced through
 
 QUICK_PLAN = Plan(
     {"short": (40, 2), "long": (56, 1)}, quick=True, prompt_limit=24, extra_tokens=0, chunk=32

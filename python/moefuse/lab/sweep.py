@@ -141,7 +141,7 @@ class Record:
     def _empty(self, sweep: Sweep, variant: Variant) -> dict:
         wanted = sweep.grid
         quick = wanted.tokens < LEAST_TOKENS or wanted.runs < LEAST_RUNS
-        stamp = self.begun.replace("-", "").replace(":", "")
+        stamp = environment.stamp(self.begun)
         return {
             "kind": cells.KIND,
             "meta": {
@@ -185,8 +185,7 @@ def enter(out: Path, relative: str) -> str:
 
 def write_up(out: Path) -> list[str]:
     """Enter what a stop left without a row or an entry; returns the runs' names."""
-    book = out / notebook.NAME
-    written = book.read_text(encoding="utf-8") if book.exists() else ""
+    written = notebook.read(out)
     missing = cells.of(resume.unlisted(out))
     rows, _ = ledger.read(out / ledger.NAME)
     missing += [r for r in cells.of(rows) if not notebook.of_campaign(written, r["campaign"])]
