@@ -187,10 +187,14 @@ double relative(const std::vector<float>& got, const std::vector<float>& want) {
   return std::sqrt(top / sum);
 }
 
+constexpr int kSlots = 9000;  // of the caches that check() fills
+
+// Neighbours of row 0 are half as far, much further, and at the next slot.
 std::vector<moefuse::StepRow> rows_at(int rows, int slot) {
+  const int slots[] = {slot, slot / 2, std::min(slot + 3000, kSlots - 1), slot + 1};
   std::vector<moefuse::StepRow> list;
   for (int r = 0; r < rows; ++r)
-    list.push_back({uint32_t(1000 + 77 * r + slot), r, slot - r, 0, slot - r});
+    list.push_back({uint32_t(1000 + 77 * r + slot), r, slots[r], 0, slots[r]});
   return list;
 }
 
@@ -203,7 +207,7 @@ using Logits = std::vector<std::vector<float>>;
 // Steps from each of `starts` (slots), two tokens each: logits.
 Logits trace(const RandomModel& m, int rows, const std::vector<int>& starts) {
   moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
-  auto caches = caches_of(decoder, rows, 9000, mx::Device::gpu);
+  auto caches = caches_of(decoder, rows, kSlots, mx::Device::gpu);
   Logits out;
   for (int start : starts)
     for (int i = 0; i < 2; ++i)
@@ -237,7 +241,7 @@ bool check(const Options& o, RandomModel& m) {
   std::fflush(stdout);
   mx::set_default_device(mx::Device::cpu);
   moefuse::Decoder cpu(m.model, Accumulate::fp32_no_fma);
-  auto caches = caches_of(cpu, 1, 9000, mx::Device::cpu);
+  auto caches = caches_of(cpu, 1, kSlots, mx::Device::cpu);
   size_t at = 0;
   for (int start : starts)
     for (int i = 0; i < 2; ++i, ++at) {

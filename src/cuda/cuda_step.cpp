@@ -43,7 +43,7 @@ CudaStep::~CudaStep() = default;
 // The graph of this many rows and stretches, recorded anew where a cache has moved.
 CudaStep::Recorded& CudaStep::recorded(int rows, int longest,
                                        const std::vector<LayerCache>& caches) {
-  const int splits = cache_splits(longest);
+  const int splits = cache_splits(plan_.config, longest);
   Recorded& r = recorded_[{rows, splits}];
   auto addresses = addresses_of(caches);
   if (r.replay && r.addresses == addresses) return r;

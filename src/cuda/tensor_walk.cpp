@@ -11,8 +11,10 @@ namespace moefuse::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = 8;
-// As in kernels/attend.h and kernels/stretches.h.
-constexpr int kBatch = 80, kStretch = 2048, kSplits = 4, kLatentSplits = 2;
+// As in kernels/attend.h, attend_latent.h and stretches.h.
+constexpr int kBatch = 80, kStage = 64, kStretch = 2048, kLatentStretch = 1024;
+// At most. Seven clusters of blocks that fill a multiprocessor are what an H200 runs at once.
+constexpr int kSplits = 4, kLatentSplits = 7;
 constexpr int kMostTiles = 8;       // of a block's outputs, 16 rows each
 constexpr int kExpertsOfBlock = 8;  // rows of a router that a block of o has registers for
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
@@ -52,8 +54,10 @@ int most_tiles(int columns, int warps, int rows, int products, int most) {
 int batch_bytes(int batches, int values) {
   return batches * kBatch * values * 2;
 }
-int latent_shared_bytes(int batches, int latent, int rope) {
-  return batch_bytes(batches, latent + rope + 8);
+// Stages of positions in tiles of 64 dimensions, so many heads' queries and probabilities.
+int latent_shared_bytes(int batches, int heads, int latent, int rope) {
+  const int row = 2 * 64, tiles = metal::blocks(latent + rope, 64);
+  return (batches * kStage * tiles + heads * tiles + 2 * heads) * row;
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -95,7 +99,7 @@ struct Taker {
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
                 when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
-                when(latent_shared_bytes(2, s.latent_dim, s.rope_dim) > kDynamicShared,
+                when(latent_shared_bytes(2, 24, s.latent_dim, s.rope_dim) > kDynamicShared,
                      "more latent dimensions than shared memory holds")});
   }
   std::string operator()(const LatentAttention&) const { return ""; }
@@ -147,7 +151,8 @@ std::string tensor_refusal(const Plan& plan) {
   return "";
 }
 
-int cache_splits(int cached) {
+int cache_splits(const ModelConfig& config, int cached) {
+  if (config.kv_lora_rank > 0) return std::min(kLatentSplits, 1 + cached / kLatentStretch);
   int splits = 1;
   while (splits < kSplits && cached >= splits * kStretch) splits *= 2;
   return splits;
@@ -304,20 +309,24 @@ void TensorWalk::run(const LatentQuery& s) {
 void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
-  const int stride = projected.shape(-1), splits = std::min(splits_, kLatentSplits);
-  const int groups = metal::blocks(s.heads, 8);
-  // Clusters that do not all run at once take one batch at a time, two blocks to a multiprocessor.
-  const bool many = splits == 1 && groups * rows > multiprocessors_ / metal::kCluster - 1;
+  const int stride = projected.shape(-1), splits = splits_;
+  // Eight heads to a block where all clusters run at once, else all that a block takes, which read
+  // a position together. Clusters that do not run at once even so take one stage at a time, two
+  // blocks to a multiprocessor.
+  const int at_once = multiprocessors_ / metal::kCluster - 1;
+  const int heads = metal::blocks(s.heads, 8) * splits * rows <= at_once ? 8 : 24;
+  const int groups = metal::blocks(s.heads, heads);
+  const bool many = groups * splits * rows > at_once;
   const int batches = many ? 1 : 2;
   auto out =
       outputs("cluster_attention_mla",
               {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
                constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, batches, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
+              {dtype, batches, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
                stride - s.latent_dim - s.rope_dim},
               {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
               {mx::float32, mx::float32}, {metal::kCluster * splits, groups, rows}, kThreads,
-              latent_shared_bytes(batches, s.latent_dim, s.rope_dim), many ? 2 : 1);
+              latent_shared_bytes(batches, heads, s.latent_dim, s.rope_dim), many ? 2 : 1);
   partial = out[0];
   stats = out[1];
   grouped = nullptr;

@@ -17,8 +17,8 @@ constexpr int kTensorRows = 4;
 // Empty where the walk takes the plan, else what it does not: "layers.3, qkv: group_size 32".
 std::string tensor_refusal(const Plan& plan);
 
-// How many blocks side by side share a cache of so many positions: kernels/stretches.h.
-int cache_splits(int cached);
+// How many clusters side by side share a cache of so many positions: kernels/stretches.h.
+int cache_splits(const ModelConfig& config, int cached);
 
 // Of each layer that has a router, its gate, its norm's gains and the output projection in front of
 // it as one fp32 matrix, as kernels/route.h says. Made once for a model.

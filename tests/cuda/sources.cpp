@@ -1,5 +1,5 @@
 // Writes the CUDA source of a decode step at a true geometry, as NVRTC would be given it, for a
-// compiler on a machine without a GPU:  cuda_sources qwen|glm ROWS > step.cu
+// compiler on a machine without a GPU:  cuda_sources qwen|glm ROWS SPLITS > step.cu
 #include <cstdio>
 #include <string>
 
@@ -11,14 +11,14 @@ namespace metal = moefuse::metal;
 
 int main(int argc, char** argv) {
   const bool qwen = argc > 1 && std::string(argv[1]) == "qwen";
-  const int rows = argc > 2 ? std::stoi(argv[2]) : 1;
+  const int rows = argc > 2 ? std::stoi(argv[2]) : 1, splits = argc > 3 ? std::stoi(argv[3]) : 4;
   const true_shapes::Shapes shapes = qwen ? true_shapes::qwen() : true_shapes::glm();
   const moefuse::Plan plan = moefuse::make_plan(shapes.model);
   if (const auto why = moefuse::cuda::tensor_refusal(plan); !why.empty()) {
     std::fprintf(stderr, "refused: %s\n", why.c_str());
     return 1;
   }
-  const std::vector<metal::Call> calls = calls_of(plan, rows, 4);
+  const std::vector<metal::Call> calls = calls_of(plan, rows, splits);
   for (const metal::Call& call : calls)
     std::fprintf(stderr, "%-32s %4d x %3d x %2d blocks of %4d threads\n", call.kernel->name.c_str(),
                  call.groups.x, call.groups.y, call.groups.z, call.threads);

@@ -65,6 +65,12 @@ void store_zeros(const emulator::Shared<T>& to, emulator::Where where = {}) {
   const Words<4> zero = {};
   store_line(to, zero.w, where);
 }
+template <typename T>
+void store_eight(const emulator::Shared<T>& to, const Floats<8>& f, emulator::Where where = {}) {
+  T values[8];
+  for (int i = 0; i < 8; ++i) values[i] = T(f.v[i]);
+  store_line(to, values, where);
+}
 // Reads through the buffer, which checks bounds and writers.
 template <typename T>
 Words<4> load_line(const emulator::Pointer<const T>& p, emulator::Where where) {
@@ -199,6 +205,52 @@ Words<4> load_turned(const emulator::Shared<T>& p, emulator::Where where = {}) {
     w.w[i] = element(first) | element(first + 1) << 16;
   }
   return w;
+}
+
+inline void tiles_written() {}
+inline void begin_products() {}
+inline void wait_for_products() {}
+template <int N>
+void settle(Floats<N>&) {}
+
+// Element (row, column) of a tile at p, whose rows have 64 halves; `lines` keeps what was read.
+template <typename T>
+class SwizzledTile {
+ public:
+  SwizzledTile(const emulator::Shared<T>& p, emulator::Where where) : p_(p), where_(where) {}
+  float at(uint row, uint column) {
+    int64_t byte = p_.offset() * 2 + row * 128 + column * 2;
+    byte ^= (byte >> 7 & 7) << 4;
+    const int64_t line = byte / 16;
+    if (line != line_) words_ = load_line(emulator::Shared<T>(p_.block(), line * 8), true, where_);
+    line_ = line;
+    return half_of<T>(words_.w[byte % 16 / 4], byte / 2 % 2);
+  }
+
+ private:
+  emulator::Shared<T> p_;
+  emulator::Where where_;
+  int64_t line_ = -1;
+  Words<4> words_ = {};
+};
+// The sum begins with c; on the device its order is unknown.
+template <typename T, int N, bool TURNED>
+void multiply_tiles(Floats<N / 2>& c, const emulator::Shared<T>& a, const emulator::Shared<T>& b,
+                    emulator::Where where = {}) {
+  const uint lane = emulator::lane(), warp = emulator::simdgroup() % 4;
+  float first[2][16];
+  for (uint r = 0; r < 2; ++r) {
+    SwizzledTile<T> tile(a, where);
+    const uint row = 16 * warp + lane / 4 + 8 * r;
+    for (uint k = 0; k < 16; ++k) first[r][k] = TURNED ? tile.at(k, row) : tile.at(row, k);
+  }
+  for (uint j = 0; j < N / 4; ++j) {
+    SwizzledTile<T> tile(b, where);
+    const uint column = j / 2 * 8 + lane % 4 * 2 + j % 2;
+    for (uint k = 0; k < 16; ++k)
+      for (uint r = 0; r < 2; ++r)
+        c.v[j / 2 * 4 + 2 * r + j % 2] += first[r][k] * tile.at(column, k);
+  }
 }
 
 inline void cluster_arrive(emulator::Where where = {}) {

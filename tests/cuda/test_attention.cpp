@@ -55,16 +55,32 @@ struct Attention {
   std::vector<Approx> out;
 };
 
+// How a kernel goes through the positions: a score's products in so many sums beside each other, so
+// many positions at a time, as many stretches as it says.
+struct Way {
+  size_t chains, batch, (*active)(size_t splits, size_t cached);
+};
+size_t powers_of_two(size_t splits, size_t cached) {
+  size_t active = 1;
+  while (active < splits && cached >= active * kStretch) active *= 2;
+  return active;
+}
+size_t one_by_one(size_t splits, size_t cached) {
+  return std::min(splits, 1 + cached / kLatentStretch);
+}
+constexpr Way kGrouped = {4, kBatch, powers_of_two}, kLatent = {1, kStage, one_by_one};
+
 // Every rounding is taken as 2^-23, twice of rounding to nearest: tensor cores cut off. A score is
-// the sum of four chains of a quarter of the products; the blocks share the positions, so a sum of
+// the sum of some chains of its products; the blocks share the positions, so a sum of
 // values has as many terms as a block has positions, beside its tiles' and the 16 blocks' sums.
 // The probabilities are two halves, exact to 2^-16 (bfloat16), or 2^-22 and, of their tile's
 // largest, 2^-25 (float16). Each of `steps` changes of the exponent multiplies by an exp2 of 2 ulp.
 template <typename T>
-Attention attend(const Vector& q, const Vectors& keys, const Vectors& values, float scale) {
+Attention attend(const Way& way, const Vector& q, const Vectors& keys, const Vectors& values,
+                 float scale) {
   constexpr double kCut = 0x1p-23, kLn2 = 0.6931471805599453;
   constexpr bool kBrain = std::is_same_v<T, bfloat16_t>;
-  const double exponent = scale / kLn2, chain = (q.size() + 63) / 64 * 16 + 2;
+  const double exponent = scale / kLn2, chain = std::ceil(q.size() / 16.0 / way.chains) * 16 + 2;
   const size_t n = keys.size();
   std::vector<double> scores(n), errors(n), p(n);
   Attention a;
@@ -79,7 +95,7 @@ Attention attend(const Vector& q, const Vectors& keys, const Vectors& values, fl
     a.top.error = std::max(a.top.error, errors[i]);
     a.top.value = std::max(a.top.value, scores[i]);
   }
-  const double share = std::ceil(n / 16.0), steps = share / 80 + 4;
+  const double share = std::ceil(n / 16.0), steps = share / way.batch + 4;
   const double terms = share + 16 + 16 + 2 * steps;
   std::vector<double> value(values[0].size()), error(values[0].size());
   for (size_t i = 0; i < n; ++i) {
@@ -134,18 +150,11 @@ bool inside(float got, Approx want) {
   return std::abs(got - want.value) <= want.error;  // false for NaN
 }
 
-// What the texts say of stretches.
-size_t active_of(const Row& row, size_t splits) {
-  size_t active = 1;
-  while (active < splits && row.cached >= active * kStretch) active *= 2;
-  return active;
-}
-
 // How many of a head's results lie outside their bounds: those of each stretch, and the merged.
 template <typename T>
-size_t outside(const Output& got, size_t head_at, size_t splits, const Row& row, const Vector& q,
-               const Vectors& keys, const Vectors& values, float scale) {
-  const size_t active = active_of(row, splits), n = keys.size(), dim = values[0].size();
+size_t outside(const Way& way, const Output& got, size_t head_at, size_t splits, const Row& row,
+               const Vector& q, const Vectors& keys, const Vectors& values, float scale) {
+  const size_t active = way.active(splits, row.cached), n = keys.size(), dim = values[0].size();
   size_t count = 0;
   double top = -INFINITY, sum = 0.0;
   std::vector<double> merged(dim, 0.0);
@@ -155,7 +164,7 @@ size_t outside(const Output& got, size_t head_at, size_t splits, const Row& row,
   }
   for (size_t s = 0; s < active; ++s) {
     const size_t from = n * s / active, to = n * (s + 1) / active;
-    const auto want = attend<T>(q, part_of(keys, from, to), part_of(values, from, to), scale);
+    const auto want = attend<T>(way, q, part_of(keys, from, to), part_of(values, from, to), scale);
     const float* stats = got.stats.data() + (head_at * splits + s) * 2;
     const float* partial = got.partial.data() + (head_at * splits + s) * dim;
     count += !inside(stats[0], want.top);
@@ -167,7 +176,7 @@ size_t outside(const Output& got, size_t head_at, size_t splits, const Row& row,
       merged[d] += weight * partial[d];
     }
   }
-  const auto want = attend<T>(q, keys, values, scale);
+  const auto want = attend<T>(way, q, keys, values, scale);
   for (size_t d = 0; d < dim; ++d) count += !inside(float(merged[d] / sum), want.out[d]);
   return count;
 }
@@ -246,6 +255,7 @@ template <typename P>
 struct GroupedRun : Rows<typename P::T> {
   using T = typename P::T;
   using Params = P;
+  static constexpr Way kWay = kGrouped;
   static constexpr size_t kHeads = P::HEADS, kDim = P::D, kAll = P::HEADS + 2 * P::KV_HEADS;
   static constexpr size_t kSplits = P::SPLITS;
   Vector qkv = uniform_vector<float>(kRows * kAll * P::D, -2.0f, 2.0f);
@@ -296,10 +306,11 @@ struct GroupedRun : Rows<typename P::T> {
   }
 };
 
-template <typename Type, int Heads, int Rope, int Splits, int Batches = 2, int Lora = 128>
+template <typename Type, int Together, int Heads, int Rope, int Splits, int Batches = 2,
+          int Lora = 128>
 struct Latent {
   using T = Type;
-  static constexpr int BATCHES = Batches;
+  static constexpr int N = Together, BATCHES = Batches;
   static constexpr int HEADS = Heads, NOPE = 32, ROPE = Rope, LORA = Lora, SPLITS = Splits;
   static constexpr int KV_OFFSET = 64, KV_STRIDE = KV_OFFSET + LORA + ROPE;
 };
@@ -308,6 +319,7 @@ template <typename P>
 struct LatentRun : Rows<typename P::T> {
   using T = typename P::T;
   using Params = P;
+  static constexpr Way kWay = kLatent;
   static constexpr size_t kHeads = P::HEADS, kDim = P::LORA, kSplits = P::SPLITS;
   static constexpr size_t kQuery = P::NOPE + P::ROPE;
   Vector q_latent = uniform_vector<float>(kRows * P::HEADS * P::LORA, -1.0f, 1.0f);
@@ -359,7 +371,7 @@ struct LatentRun : Rows<typename P::T> {
     check_sizes(kernel,
                 {.rows = kRows, .capacity = this->capacity, .batches = 0, .sequences = kSequences});
     emulator::dispatch(
-        {16 * P::SPLITS, blocks(P::HEADS, 8), kRows}, 256, order, [&] { kernel(); }, 16);
+        {16 * P::SPLITS, blocks(P::HEADS, P::N), kRows}, 256, order, [&] { kernel(); }, 16);
     expect_bits(latent.values(), latents_after, "latent_cache");
     expect_bits(turned.values(), ropes_after, "rope_cache");
     return std::tuple(partial, stats);
@@ -375,8 +387,9 @@ size_t outside(const Run& run, const Output& got, Fault fault) {
       auto [keys, values] = run.positions(row, head);
       if (fault != Fault::none && keys.size() < 2) continue;
       plant(fault, keys, values);
-      count += outside<typename Run::T>(got, row * Run::kHeads + head, Run::kSplits, run.rows[row],
-                                        run.query(row, head), keys, values, run.scale[0]);
+      count += outside<typename Run::T>(Run::kWay, got, row * Run::kHeads + head, Run::kSplits,
+                                        run.rows[row], run.query(row, head), keys, values,
+                                        run.scale[0]);
     }
   return count;
 }
@@ -393,7 +406,7 @@ Output output_of(Run& run, std::vector<Order> orders = {Order::shuffled}) {
   }
   size_t idle = 0;
   for (const Row& row : run.rows)
-    idle += (Run::kSplits - active_of(row, Run::kSplits)) * Run::kHeads;
+    idle += (Run::kSplits - Run::kWay.active(Run::kSplits, row.cached)) * Run::kHeads;
   EXPECT_EQ(partial.unwritten(), idle * Run::kDim);
   EXPECT_EQ(stats.unwritten(), idle * 2);
   return {partial.values(), stats.values()};
@@ -415,8 +428,9 @@ template <typename Run>
 class Attending : public testing::Test {};
 using Runs = testing::Types<
     GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>, GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
-    LatentRun<Latent<bfloat16_t, 4, 32, 1>>, LatentRun<Latent<float16_t, 20, 64, 2>>,
-    LatentRun<Latent<bfloat16_t, 12, 32, 1, 1>>, LatentRun<Latent<bfloat16_t, 4, 32, 1, 2, 512>>>;
+    LatentRun<Latent<bfloat16_t, 8, 4, 32, 1>>, LatentRun<Latent<float16_t, 24, 20, 64, 3>>,
+    LatentRun<Latent<bfloat16_t, 8, 12, 32, 1, 1>>,
+    LatentRun<Latent<bfloat16_t, 24, 4, 32, 1, 2, 512>>>;
 TYPED_TEST_SUITE(Attending, Runs);
 
 TYPED_TEST(Attending, FewPositions) {
@@ -429,20 +443,22 @@ TYPED_TEST(Attending, TilesOf16) {
   expect_inside<TypeParam>(each(16) + 1, each(17));
 }
 // They fill one batch, or one more.
-TYPED_TEST(Attending, BatchesOf80) {
-  expect_inside<TypeParam>(each(79), each(80));
-  expect_inside<TypeParam>(each(81), each(80) + 1);
+TYPED_TEST(Attending, Batches) {
+  constexpr uint kFull = TypeParam::kWay.batch;
+  expect_inside<TypeParam>(each(kFull - 1), each(kFull));
+  expect_inside<TypeParam>(each(kFull + 1), each(kFull) + 1);
 }
 // Two stretches, or three batches where there is one.
 TYPED_TEST(Attending, Long) {
   expect_inside<TypeParam>(each(163), 2048);
 }
 
-// Rows of other lengths beside a row may choose how many batches are on their way for it.
-TEST(LatentAttention, OneBatchHasTheBitsOfTwo) {
-  using Two = LatentRun<Latent<bfloat16_t, 12, 32, 1, 2>>;
-  using One = LatentRun<Latent<bfloat16_t, 12, 32, 1, 1>>;
-  for (const uint other : {each(80), each(163)}) {
+// Rows beside a row may choose how many stages are on their way for it, and how many of its heads
+// a block takes.
+TEST(LatentAttention, OneStageHasTheBitsOfTwoAndMoreHeadsOfFewer) {
+  using Two = LatentRun<Latent<bfloat16_t, 8, 12, 32, 2, 2>>;
+  using One = LatentRun<Latent<bfloat16_t, 24, 12, 32, 2, 1>>;
+  for (const uint other : {each(64), each(163)}) {
     Two two(each(17), other);
     One one(each(17), other);
     static_cast<Rows<bfloat16_t>&>(one) = two;
@@ -465,7 +481,8 @@ TYPED_TEST(Attending, TheBoundsSeeFaults) {
   TypeParam run(each(40) + 3, each(16));
   const Output out = output_of(run, {Order::forward, Order::reverse});
   for (Fault fault : {Fault::no_newest, Fault::no_last, Fault::first_twice, Fault::sign_of_last})
-    EXPECT_GT(outside(run, out, fault), kRows * TypeParam::kHeads * TypeParam::kDim) << int(fault);
+    EXPECT_GT(outside(run, out, fault), kRows * TypeParam::kHeads * TypeParam::kDim / 2)
+        << int(fault);
 }
 
 }  // namespace

@@ -12,6 +12,15 @@ FUNC uint stretches(uint cached) {
   return active;
 }
 
+// Of latent positions, which a block takes in stages of 64: at most MOST, one for every
+// kLatentStretch tokens.
+constexpr int kLatentStretch = 1024;
+template <int MOST>
+FUNC uint latent_stretches(uint cached) {
+  uint wanted = 1u + cached / uint(kLatentStretch);
+  return wanted < uint(MOST) ? wanted : uint(MOST);
+}
+
 // Values [at, at + 8) of a head from its `active` stretches. partial: [MOST][D], each divided by
 // its own sum; stats: [MOST] of (largest score as an exponent of two, sum). All are asked for at
 // once.

@@ -64,9 +64,9 @@ FUNC Words<4> load_cached(const void* p) {
 }
 
 // The kernel's one array whose size the launch gives.
-#define DYNAMIC_SHARED_ARRAY(type, name, size) \
-  extern __shared__ uint4 dynamic_words[];     \
-  type* const name = reinterpret_cast<type*>(dynamic_words)
+#define DYNAMIC_SHARED_ARRAY(type, name, size)                  \
+  extern __shared__ __align__(1024) unsigned char dynamic_bytes[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_bytes)
 template <typename T>
 FUNC float* as_floats(T* p) {
   return reinterpret_cast<float*>(p);
@@ -76,6 +76,14 @@ FUNC float* as_floats(T* p) {
 template <typename T>
 FUNC void store_zeros(T* to) {
   *reinterpret_cast<Words<4>*>(to) = {{0u, 0u, 0u, 0u}};
+}
+template <typename T>
+FUNC void store_eight(T* to, const Floats<8>& f) {
+  struct alignas(16) Eight {
+    T v[8];
+  } e;
+  UNROLL for (int i = 0; i < 8; ++i) e.v[i] = T(f.v[i]);
+  *reinterpret_cast<Eight*>(to) = e;
 }
 // 16 bytes to it, in the background: wait_for_copies<N>() ends when all of the thread's own have
 // but those of the last N commits.
@@ -201,6 +209,79 @@ FUNC Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, 
 LOAD_TILES(load_tiles, "")
 LOAD_TILES(load_turned, ".trans")
 #undef LOAD_TILES
+
+// Products of a whole warpgroup, in the background, from tiles in shared memory: rows of 64 halves,
+// the 16 bytes at column 8 c of row r where those of column 8 (c ^ r % 8) would be, eight rows after
+// each other on 1,024 bytes. begin_products(), some multiply_tiles(), wait_for_products(), settle()
+// each sum. What threads put into the tiles needs tiles_written() and a barrier in front.
+FUNC void tiles_written() {
+#if MOEFUSE_HOPPER
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+FUNC void begin_products() {
+#if MOEFUSE_HOPPER
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+FUNC void wait_for_products() {
+#if MOEFUSE_HOPPER
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+// Nothing that reads the sums moves in front.
+template <int N>
+FUNC void settle(Floats<N>& c) {
+  UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c.v[i])::"memory");
+}
+template <typename T>
+FUNC unsigned long long tile_descriptor(const T* p) {
+  constexpr unsigned long long SWIZZLED = 1ull << 62, EIGHT_ROWS = 1024ull / 16 << 32;
+  return SWIZZLED | EIGHT_ROWS | 1ull << 16 | (uint(__cvta_generic_to_shared(p)) & 0x3ffffu) >> 4;
+}
+template <typename T, int N>
+struct TileProduct;
+#define FOUR(i) "+f"(c.v[i]), "+f"(c.v[i + 1]), "+f"(c.v[i + 2]), "+f"(c.v[i + 3])
+#define TILE_PRODUCT(type, name, columns, sums, a, b, one, turned, ...)                             \
+  template <>                                                                                       \
+  struct TileProduct<type, columns> {                                                               \
+    template <bool TURNED>                                                                          \
+    static FUNC void add(Floats<columns / 2>& c, unsigned long long x, unsigned long long y) {      \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " one                                            \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name       \
+                   " {" sums "}, " a ", " b ", p, 1, 1, " turned ", 0; }"                           \
+                   : __VA_ARGS__                                                                    \
+                   : "l"(x), "l"(y), "r"(1), "n"(TURNED));                                          \
+    }                                                                                               \
+  };
+#define TILE_PRODUCTS(type, name)                                                                   \
+  TILE_PRODUCT(type, name, 8, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", FOUR(0))                    \
+  TILE_PRODUCT(type, name, 16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", FOUR(0), \
+               FOUR(4))                                                                             \
+  TILE_PRODUCT(type, name, 24, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11", "%12", "%13",    \
+               "%14", "%15", FOUR(0), FOUR(4), FOUR(8))                                             \
+  TILE_PRODUCT(type, name, 48,                                                                      \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "   \
+               "%18, %19, %20, %21, %22, %23",                                                      \
+               "%24", "%25", "%26", "%27", FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20))
+#if MOEFUSE_HOPPER
+TILE_PRODUCTS(bfloat16_t, "bf16")
+TILE_PRODUCTS(float16_t, "f16")
+#endif
+#undef FOUR
+#undef TILE_PRODUCT
+#undef TILE_PRODUCTS
+
+// Adds 64 x 16 times 16 x N to c: of warp w of the warpgroup rows 16 w + g and 8 further, columns
+// 8 j + 2 t and the next, for lane 4 g + t. a: rows of the first, or of its transpose where TURNED;
+// b: columns of the second.
+template <typename T, int N, bool TURNED>
+FUNC void multiply_tiles(Floats<N / 2>& c, const T* a, const T* b) {
+#if MOEFUSE_HOPPER
+  TileProduct<T, N>::template add<TURNED>(c, tile_descriptor(a), tile_descriptor(b));
+#endif
+}
 
 // The blocks of a cluster meet where all have arrived; what they wrote before is not made visible:
 // that costs a wait for every store of theirs. Values go by send_part instead.

@@ -88,8 +88,8 @@
   OUT(float, partial, rows * HEADS * SPLITS * D) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
 #define CLUSTER_ATTENTION_MLA_SIGNATURE \
-  TYPE(T) INT(BATCHES) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) INT(KV_STRIDE) \
-  INT(KV_OFFSET) \
+  TYPE(T) INT(BATCHES) INT(N) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) \
+  INT(KV_STRIDE) INT(KV_OFFSET) \
   IN(float, q_latent, rows * HEADS * LORA) IN(float, q, rows * HEADS * (NOPE + ROPE)) \
   IN(float, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
   IN(float, rope, rows * ROPE) IN(uint, places, rows * 4) \
