@@ -114,6 +114,11 @@ std::string key_of(const metal::Call& call) {
 
 std::string assemble(const std::vector<std::string>& keys, const std::vector<std::string>& names) {
   std::string source = metal::cuda_header();
+  if (const char* d = std::getenv("MF_DEFS")) {
+    std::string defs;
+    for (const char* c = d; *c; ++c) defs += *c == ';' ? '\n' : *c;
+    source = defs + "\n" + source;
+  }
   for (size_t i = 0; i < keys.size(); ++i) {
     const auto end = keys[i].find('\n');
     source += keys[i] == kFeedText ? keys[i]
@@ -237,7 +242,7 @@ int Replay::common_shared_bytes() {
   for (const Node& node : nodes_) {
     const auto& g = node.call.groups;
     const int cluster = node.call.kernel->cluster, blocks = g.x * g.y * g.z;
-    if (cluster > 1 && g.x > cluster) return 0;
+    if (g.x > cluster && cluster > 1 && shared_bytes(node, 2) <= kMostCommon) return 0;
     if (cluster > 1 && rows_ > 1) {
       // A block to a multiprocessor makes room for so many clusters but one: some of the GPU's
       // parts that a cluster must lie in have fewer multiprocessors than it has blocks.

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = 8;
 // As in kernels/attend.h, attend_latent.h and stretches.h.
-constexpr int kBatch = 80, kStage = 64, kStretch = 2048, kLatentStretch = 1024;
+constexpr int kBatch = 80, kStage = 64, kStretch = 2048, kLatentStretch_ = 1024;
+#define kLatentStretch (std::getenv("MF_STRETCH") ? std::atoi(std::getenv("MF_STRETCH")) : 1024)
 // At most. Seven clusters of blocks that fill a multiprocessor are what an H200 runs at once.
 constexpr int kSplits = 4, kLatentSplits = 7;
 constexpr int kMostTiles = 8;       // of a block's outputs, 16 rows each

@@ -68,7 +68,7 @@ size_t powers_of_two(size_t splits, size_t cached) {
 size_t one_by_one(size_t splits, size_t cached) {
   return std::min(splits, 1 + cached / kLatentStretch);
 }
-constexpr Way kGrouped = {4, kBatch, powers_of_two}, kLatent = {1, kStage, one_by_one};
+constexpr Way kGrouped = {4, kBatch, powers_of_two}, kLatent = {2, kStage, one_by_one};
 
 // Every rounding is taken as 2^-23, twice of rounding to nearest: tensor cores cut off. A score is
 // the sum of some chains of its products; the blocks share the positions, so a sum of

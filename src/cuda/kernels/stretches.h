@@ -14,7 +14,10 @@ FUNC uint stretches(uint cached) {
 
 // Of latent positions, which a block takes in stages of 64: at most MOST, one for every
 // kLatentStretch tokens.
-constexpr int kLatentStretch = 1024;
+#ifndef MF_STRETCH
+#define MF_STRETCH 1024
+#endif
+constexpr int kLatentStretch = MF_STRETCH;
 template <int MOST>
 FUNC uint latent_stretches(uint cached) {
   uint wanted = 1u + cached / uint(kLatentStretch);

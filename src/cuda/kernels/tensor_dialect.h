@@ -85,6 +85,11 @@ FUNC void store_eight(T* to, const Floats<8>& f) {
   UNROLL for (int i = 0; i < 8; ++i) e.v[i] = T(f.v[i]);
   *reinterpret_cast<Eight*>(to) = e;
 }
+// N = 2 or 4 floats, aligned to all of them.
+template <int N>
+FUNC void store_floats(float* to, const Floats<N>& f) {
+  *reinterpret_cast<Floats<N>*>(__builtin_assume_aligned(to, 4 * N)) = f;
+}
 // 16 bytes to it, in the background: wait_for_copies<N>() ends when all of the thread's own have
 // but those of the last N commits.
 template <typename T>
@@ -209,6 +214,21 @@ FUNC Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, 
 LOAD_TILES(load_tiles, "")
 LOAD_TILES(load_turned, ".trans")
 #undef LOAD_TILES
+// Such tiles to it, transposed: lane 8 i + r names where column r of tile i goes.
+template <typename T>
+FUNC void store_turned(T* p, const Words<4>& w) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+          uint(__cvta_generic_to_shared(p))),
+      "r"(w.w[0]), "r"(w.w[1]), "r"(w.w[2]), "r"(w.w[3])
+      : "memory");
+}
+// Two numbers as T, the first in the low half.
+template <typename T>
+FUNC uint two_halves(float a, float b) {
+  T pair[2] = {T(a), T(b)};
+  return *reinterpret_cast<uint*>(pair);
+}
 
 // Products of a whole warpgroup, in the background, from tiles in shared memory: rows of 64 halves,
 // the 16 bytes at column 8 c of row r where those of column 8 (c ^ r % 8) would be, eight rows after
@@ -333,6 +353,25 @@ FUNC void send_part(float* p, Arrivals* arrivals, uint rank, Floats<N> v) {
         "f"(v.v[0]), "f"(v.v[1]), "f"(v.v[N - 2]), "f"(v.v[N - 1]), "r"(count)
         : "memory");
   }
+#endif
+}
+// Floats from here to `to` in the shared memory of block `rank`, in the background: a multiple of
+// four, aligned to as many; with tiles_written() and a barrier in front. They have to stay until
+// that block's arrivals have counted them.
+FUNC void send_floats(const float* from, float* to, Arrivals* arrivals, uint rank, uint count) {
+#if MOEFUSE_HOPPER
+  uint there, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(uint(__cvta_generic_to_shared(to))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counter)
+      : "r"(uint(__cvta_generic_to_shared(arrivals))), "r"(rank));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(there),
+      "r"(uint(__cvta_generic_to_shared(from))), "r"(4u * count), "r"(counter)
+      : "memory");
 #endif
 }
 // Ends when all that was expected has come.
