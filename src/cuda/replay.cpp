@@ -114,11 +114,6 @@ std::string key_of(const metal::Call& call) {
 
 std::string assemble(const std::vector<std::string>& keys, const std::vector<std::string>& names) {
   std::string source = metal::cuda_header();
-  if (const char* d = std::getenv("MF_DEFS")) {
-    std::string defs;
-    for (const char* c = d; *c; ++c) defs += *c == ';' ? '\n' : *c;
-    source = defs + "\n" + source;
-  }
   for (size_t i = 0; i < keys.size(); ++i) {
     const auto end = keys[i].find('\n');
     source += keys[i] == kFeedText ? keys[i]

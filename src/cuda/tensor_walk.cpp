@@ -12,8 +12,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = 8;
 // As in kernels/attend.h, attend_latent.h and stretches.h.
-constexpr int kBatch = 80, kStage = 64, kStretch = 2048, kLatentStretch_ = 1024;
-#define kLatentStretch (std::getenv("MF_STRETCH") ? std::atoi(std::getenv("MF_STRETCH")) : 1024)
+constexpr int kBatch = 80, kStage = 64, kStretch = 2048;
 // At most. Seven clusters of blocks that fill a multiprocessor are what an H200 runs at once.
 constexpr int kSplits = 4, kLatentSplits = 7;
 constexpr int kMostTiles = 8;       // of a block's outputs, 16 rows each
@@ -55,10 +54,10 @@ int most_tiles(int columns, int warps, int rows, int products, int most) {
 int batch_bytes(int batches, int values) {
   return batches * kBatch * values * 2;
 }
-// Stages of positions in tiles of 64 dimensions, so many heads' queries and probabilities.
-int latent_shared_bytes(int batches, int heads, int latent, int rope) {
+// Two stages of positions, so many heads' queries and probabilities, in tiles of 64 dimensions.
+int latent_shared_bytes(int heads, int latent, int rope) {
   const int row = 2 * 64, tiles = metal::blocks(latent + rope, 64);
-  return (batches * kStage * tiles + heads * tiles + 2 * heads) * row;
+  return (2 * kStage * tiles + heads * tiles + 4 * heads) * row;
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -100,7 +99,7 @@ struct Taker {
                 when(s.latent_dim % 128 || s.latent_dim > 1024, "kv_lora_rank not in 128s"),
                 when(s.rope_dim % 32, "rope dimensions that are no multiple of 32"),
                 when((s.nope_dim + s.rope_dim) % 8, "a head that is no multiple of 8"),
-                when(latent_shared_bytes(2, 24, s.latent_dim, s.rope_dim) > kDynamicShared,
+                when(latent_shared_bytes(24, s.latent_dim, s.rope_dim) > kDynamicShared,
                      "more latent dimensions than shared memory holds")});
   }
   std::string operator()(const LatentAttention&) const { return ""; }
@@ -153,7 +152,7 @@ std::string tensor_refusal(const Plan& plan) {
 }
 
 int cache_splits(const ModelConfig& config, int cached) {
-  if (config.kv_lora_rank > 0) return std::min(kLatentSplits, 1 + cached / kLatentStretch);
+  if (config.kv_lora_rank > 0) return std::min(kLatentSplits, 1 + cached / kStretch);
   int splits = 1;
   while (splits < kSplits && cached >= splits * kStretch) splits *= 2;
   return splits;
@@ -300,34 +299,32 @@ void TensorWalk::run(const LatentQuery& s) {
   query = project(projected, s.q_a_norm, s.q_b, nullptr, nullptr);
   const Matrix& m = s.embed_q;
   const int tiles = tiles_of_head(m);
-  latent_query_ =
-      output("grid_heads", {query, m.weight, m.scales, m.biases},
-             {dtype, tiles, m.count, s.nope_dim + s.rope_dim, m.cols, m.rows},
-             {rows, m.count, m.rows}, {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads);
+  latent_query_ = outputs("grid_heads", {query, m.weight, m.scales, m.biases},
+                          {dtype, tiles, m.count, s.nope_dim + s.rope_dim, m.cols, m.rows},
+                          {{rows, m.count, m.rows}}, {dtype},
+                          {metal::blocks(m.rows, 16 * tiles), m.count, rows}, kThreads)[0];
   latent = &s;
 }
 
 void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
-  const int stride = projected.shape(-1), splits = splits_;
-  // Eight heads to a block where all clusters run at once, else all that a block takes, which read
-  // a position together. Clusters that do not run at once even so take one stage at a time, two
-  // blocks to a multiprocessor.
+  const int stride = projected.shape(-1);
+  // One text for all numbers of stretches but one: a new text takes a second to compile.
+  const int most = splits_ == 1 ? 1 : kLatentSplits;
+  // Eight heads to a block where all clusters run at once, else 24, which read a position together.
   const int at_once = multiprocessors_ / metal::kCluster - 1;
-  const int heads = metal::blocks(s.heads, 8) * splits * rows <= at_once ? 8 : 24;
-  const int groups = metal::blocks(s.heads, heads);
-  const bool many = groups * splits * rows > at_once;
-  const int batches = many ? 1 : 2;
+  const int heads = metal::blocks(s.heads, 8) * splits_ * rows <= at_once ? 8 : 24;
   auto out =
       outputs("cluster_attention_mla",
               {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
                constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, batches, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, splits, stride,
+              {dtype, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, most, stride,
                stride - s.latent_dim - s.rope_dim},
-              {{rows, s.heads, splits, s.latent_dim}, {rows, s.heads, splits, 2}},
-              {mx::float32, mx::float32}, {metal::kCluster * splits, groups, rows}, kThreads,
-              latent_shared_bytes(batches, heads, s.latent_dim, s.rope_dim), many ? 2 : 1);
+              {{rows, s.heads, most, s.latent_dim}, {rows, s.heads, most, 2}},
+              {mx::float32, mx::float32},
+              {metal::kCluster * splits_, metal::blocks(s.heads, heads), rows}, kThreads,
+              latent_shared_bytes(heads, s.latent_dim, s.rope_dim));
   partial = out[0];
   stats = out[1];
   grouped = nullptr;

@@ -65,18 +65,6 @@ void store_zeros(const emulator::Shared<T>& to, emulator::Where where = {}) {
   const Words<4> zero = {};
   store_line(to, zero.w, where);
 }
-template <typename T>
-void store_eight(const emulator::Shared<T>& to, const Floats<8>& f, emulator::Where where = {}) {
-  T values[8];
-  for (int i = 0; i < 8; ++i) values[i] = T(f.v[i]);
-  store_line(to, values, where);
-}
-template <int N>
-void store_floats(const emulator::Shared<float>& to, const Floats<N>& f,
-                  emulator::Where where = {}) {
-  if (to.offset() % N != 0) emulator::fail(where, "misaligned floats");
-  for (int i = 0; i < N; ++i) to[emulator::At(i, where.file, where.line)] = f.v[i];
-}
 // Reads through the buffer, which checks bounds and writers.
 template <typename T>
 Words<4> load_line(const emulator::Pointer<const T>& p, emulator::Where where) {
@@ -297,18 +285,6 @@ void send_part(const emulator::Shared<float>& p, const emulator::Shared<Arrivals
   for (int i = 0; i < N; ++i)
     there.on_write(emulator::At(p.offset() + i, where.file, where.line), 4, true);
   std::memcpy(there.data() + p.offset() * 4, v.v, 4 * N);
-}
-inline void send_floats(const emulator::Shared<float>& from, const emulator::Shared<float>& to,
-                        const emulator::Shared<Arrivals>& arrivals, uint rank, uint count,
-                        emulator::Where where = {}) {
-  if (from.offset() % 4 || to.offset() % 4 || count % 4) emulator::fail(where, "misaligned floats");
-  arrivals.block().of_rank(rank, where).arrive(4 * count, where);
-  emulator::SharedBlock& there = to.block().of_rank(rank, where);
-  for (uint i = 0; i < count; ++i) {
-    const float value = from[emulator::At(i, where.file, where.line)];
-    there.on_write(emulator::At(to.offset() + i, where.file, where.line), 4, true);
-    std::memcpy(there.data() + (to.offset() + i) * 4, &value, 4);
-  }
 }
 inline void wait_for_parts(const emulator::Shared<Arrivals>& arrivals, emulator::Where where = {}) {
   emulator::wait_for_parts(arrivals.block(), where);

@@ -60,7 +60,7 @@ struct GlmUnembed : Common {
   static constexpr int TILES = 4, HEADS = 4, LORA = 128, V = 64, SPLITS = 1;
 };
 struct GlmAttention : GlmUnembed {
-  static constexpr int BATCHES = 2, NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
+  static constexpr int N = 8, NOPE = 64, ROPE = 32, KV_STRIDE = 288, KV_OFFSET = 128;
 };
 struct GlmOut : Common {
   static constexpr int COLS = 256, E = 48;

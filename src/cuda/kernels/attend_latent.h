@@ -1,7 +1,7 @@
 // Attention of N query heads, padded to 8 or 24, to latent positions that all of them share, by two
-// warpgroups: 64 positions at a time, a stage, from tiles of 64 dimensions in shared memory. One
-// warpgroup scores them, then each sums half of the dimensions. The blocks of a cluster meet once,
-// at the end, where each merges its part of the heads' dimensions.
+// warpgroups: stages of 64 positions as tiles of 64 dimensions in shared memory, two at a time. Each
+// warpgroup scores a stage, then sums half of the dimensions of both. The blocks of a cluster meet
+// once, at the end, where each merges its part of the heads' dimensions.
 #pragma once
 
 constexpr int kStage = 64, kTile = kStage * 64;
@@ -17,24 +17,15 @@ FUNC uint in_tiles(uint rows, uint row, uint d) {
 
 // What a thread knows so far. Heads are 8 j + 2 t + i for lane 4 g + t, as e = 2 j + i: the largest
 // score, the same in every warp, the sum of the thread's own positions, and of its dimensions the
-// values' sums. Probabilities are two halves: of eight heads columns beside each other of one
-// product, which takes no longer; of more, two products to one sum.
+// values' sums, those by the probabilities' high halves in front of those by the low ones.
 template <int N, int LORA>
 struct LatentAttended {
   static constexpr int MINE = LORA / 128;                 // tiles of a warpgroup
-#ifdef MF_COMBINED
-  static constexpr int WIDTH = N;           // columns of a product with values
-#else
-  static constexpr int WIDTH = 2 * N;           // columns of a product with values
-#endif
-  static constexpr int TOGETHER = MINE % 2 == 0 ? 2 : 1;  // tiles that are put down at once
-  // What a block merges at once, dimensions of a head, comes as UNIT floats, (largest score, sum)
-  // and two of padding.
-  static constexpr int UNIT = 64 * TOGETHER, UNITS = LORA / UNIT, CHUNK = UNIT + 4;
-  static constexpr int MOST = (N * UNITS + kCluster - 1) / kCluster;  // of a block
-  static constexpr int FLOATS = kCluster * MOST * CHUNK;              // of all blocks, for one
+  static constexpr int TOGETHER = MINE % 2 == 0 ? 2 : 1;  // of those, as many as are sent at once
+  static constexpr int UNIT = 64 * TOGETHER, UNITS = LORA / UNIT;     // a head's dimensions
+  static constexpr int MOST = (N * UNITS + kCluster - 1) / kCluster;  // units of a block
   float top[N / 4], sum[N / 4];
-  Floats<WIDTH / 2> out[MINE];
+  Floats<N> out[MINE];
 };
 FUNC uint head_of(int e, uint lane) {
   return uint(e / 2 * 8 + e % 2) + lane % 4u * 2u;
@@ -47,49 +38,69 @@ FUNC LatentAttended<N, LORA> no_position_seen() {
     a.top[e] = -as_float(0x7f800000u);
     a.sum[e] = 0.0f;
   }
-  UNROLL for (int m = 0; m < LORA / 128; ++m) {
-    a.out[m] = zeros<LatentAttended<N, LORA>::WIDTH / 2>();
-  }
+  UNROLL for (int m = 0; m < LORA / 128; ++m) a.out[m] = zeros<N>();
   return a;
 }
 
-// Exponents of two of a stage's positions, minus infinity from `valid` on, and each warp's largest
-// of a head to tops [4][N]. scale carries log2 e.
-template <typename T, int N, int ALL, typename P, typename F>
-FUNC Floats<N / 2> score_stage(P keys, P queries, F tops, float scale, uint valid, uint warp,
-                               uint lane) {
+// Exponents of two of a stage's positions, minus infinity from `valid` on. scale carries log2 e.
+template <typename T, int N, int ALL, typename P>
+FUNC Floats<N / 2> score_stage(P keys, P queries, float scale, uint valid, uint warp, uint lane) {
   Floats<N / 2> s = zeros<N / 2>(), other = zeros<N / 2>();  // which do not wait for each other
   settle(s);
   settle(other);
   begin_products();
-#ifndef MF_NOSCORE
   UNROLL for (int k = 0; k < ALL; k += 16) {
     multiply_tiles<T, N, false>(k / 16 % 2 == 0 ? s : other, keys + (k / 64 * kTile + k % 64),
                                 queries + (k / 64 * (N * 64) + k % 64));
   }
-#endif
   wait_for_products();
   settle(s);
   settle(other);
+  UNROLL for (int i = 0; i < N / 2; ++i) {
+    bool in = 16u * warp + lane / 4u + 8u * uint(i / 2 % 2) < valid;
+    s.v[i] = in ? (s.v[i] + other.v[i]) * scale : -as_float(0x7f800000u);
+  }
+  return s;
+}
+
+// A warp's largest of each head to tops [8][N].
+template <int N, typename F>
+FUNC void put_tops(const Floats<N / 2>& s, F tops, uint warp, uint lane) {
   UNROLL for (int e = 0; e < N / 4; ++e) {
-    float top = -as_float(0x7f800000u);
-    UNROLL for (int r = 0; r < 2; ++r) {
-      int at = e / 2 * 4 + 2 * r + e % 2;
-      bool in = 16u * warp + lane / 4u + 8u * uint(r) < valid;
-      s.v[at] = in ? (s.v[at] + other.v[at]) * scale : -as_float(0x7f800000u);
-      top = s.v[at] > top ? s.v[at] : top;
-    }
+    int at = e / 2 * 4 + e % 2;
+    float top = s.v[at] > s.v[at + 2] ? s.v[at] : s.v[at + 2];
     for (uint m = 4; m < 32u; m <<= 1) {
       float other = shuffle_xor(top, m);
       top = other > top ? other : top;
     }
     if (lane < 4u) tops[warp * N + head_of(e, lane)] = top;
   }
-  return s;
 }
 
-// The probabilities of those scores, as two halves each so that rounding them costs nothing: rows
-// of a tile, the heads' low halves after their high ones.
+// The largest scores with those of `warps` warps, and all sums so far in terms of them.
+template <int N, int LORA, typename F>
+FUNC void raise_tops(LatentAttended<N, LORA>& a, F tops, uint warps, bool first, uint lane) {
+  UNROLL for (int e = 0; e < N / 4; ++e) {
+    float top = a.top[e];
+    UNROLL for (int w = 0; w < 8; ++w) {
+      if (uint(w) >= warps) continue;
+      float other = tops[uint(w * N) + head_of(e, lane)];
+      top = other > top ? other : top;
+    }
+    float keep = exp2_fast(a.top[e] - top);
+    a.top[e] = top;
+    if (first) continue;  // they are zero
+    a.sum[e] *= keep;
+    UNROLL for (int m = 0; m < LORA / 128; ++m) {
+      UNROLL for (int i = 0; i < 4; ++i) {
+        a.out[m].v[i / 2 * (N / 2) + e / 2 * 4 + i % 2 * 2 + e % 2] *= keep;
+      }
+    }
+  }
+}
+
+// The probabilities of a stage's scores, as two halves each so that rounding them costs nothing:
+// rows of a tile, the heads' low halves after their high ones.
 template <typename T, int N, int LORA, typename P>
 FUNC void put_probabilities(LatentAttended<N, LORA>& a, const Floats<N / 2>& s, P probabilities,
                             uint warp, uint lane) {
@@ -109,57 +120,51 @@ FUNC void put_probabilities(LatentAttended<N, LORA>& a, const Floats<N / 2>& s, 
   }
 }
 
-// A stage of `count` positions or fewer that every thread has put its part of into shared memory.
-// Values up to a multiple of 16 positions have to be numbers. scorer: of the two warpgroups.
+// Scores and probabilities of two stages of `count` positions together or fewer, that every thread
+// has put its part of into shared memory; a stage each of two warpgroups, its probabilities after
+// the other's.
 template <typename T, int N, int ALL, int LORA, typename P, typename F>
-FUNC void attend_stage(LatentAttended<N, LORA>& a, P keys, P queries, P probabilities, F tops,
-                       float scale, uint count, uint scorer, uint warp, uint lane) {
-  constexpr int WIDTH = LatentAttended<N, LORA>::WIDTH;
+FUNC void score_stages(LatentAttended<N, LORA>& a, P keys, P queries, P probabilities, F tops,
+                       float scale, uint count, bool first, uint warp, uint lane) {
+  constexpr int STAGE = (ALL + 63) / 64 * kTile;
+  uint half = warp / 4u;
+  bool scores = count > half * uint(kStage);
   Floats<N / 2> s = zeros<N / 2>();
-  bool scores = warp / 4u == scorer;
   tiles_written();
   group_barrier();
   if (scores) {
-    s = score_stage<T, N, ALL>(keys, queries, tops, scale, count, warp % 4u, lane);
+    s = score_stage<T, N, ALL>(keys + half * STAGE, queries, scale, count - half * uint(kStage),
+                               warp % 4u, lane);
+    put_tops<N>(s, tops, warp, lane);
   }
   group_barrier();
-  UNROLL for (int e = 0; e < N / 4; ++e) {
-    float top = a.top[e];
-    UNROLL for (int w = 0; w < 4; ++w) {
-      float other = tops[uint(w * N) + head_of(e, lane)];
-      top = other > top ? other : top;
-    }
-    float keep = exp2_fast(a.top[e] - top);
-    a.top[e] = top;
-    a.sum[e] *= keep;
-    UNROLL for (int m = 0; m < LORA / 128; ++m) {
-      UNROLL for (int i = 0; i < LatentAttended<N, LORA>::WIDTH / N * 2; ++i) {
-        a.out[m].v[i / 2 * (N / 2) + e / 2 * 4 + i % 2 * 2 + e % 2] *= keep;
-      }
-    }
+  raise_tops(a, tops, count > uint(kStage) ? 8u : 4u, first, lane);
+  if (scores) {
+    put_probabilities<T>(a, s, probabilities + half * uint(2 * N * 64), warp % 4u, lane);
   }
-#ifndef MF_NOPROB
-  if (scores) put_probabilities<T>(a, s, probabilities, warp % 4u, lane);
-#endif
   tiles_written();
   group_barrier();
-#ifndef MF_NOVALUES
-  P values = keys + warp / 4u * (LORA / 128 * kTile);
-  UNROLL for (int k = 0; k < kStage; k += 16) {
-    if (uint(k) >= count) continue;
-    UNROLL for (int m = 0; m < LORA / 128; ++m) settle(a.out[m]);
+}
+
+// Adds a stage's values, whose first `count` positions have probabilities. Values up to a multiple
+// of 16 positions have to be numbers. No branch divides a sequence of products: the compiler would
+// have each wait for the one in front.
+template <typename T, int N, int LORA, typename P>
+FUNC void add_stage(LatentAttended<N, LORA>& a, P values, P probabilities, uint count, uint warp) {
+  constexpr int MINE = LORA / 128;
+  values = values + warp / 4u * (MINE * kTile);
+  UNROLL for (int most = 16; most <= kStage; most += 16) {
+    if (most < kStage ? (count + 15u) / 16u * 16u != uint(most) : count <= uint(most - 16)) continue;
+    UNROLL for (int m = 0; m < MINE; ++m) settle(a.out[m]);
     begin_products();
-    UNROLL for (int m = 0; m < LORA / 128; ++m) {
-      P value = values + (m * kTile + k * 64);
-      multiply_tiles<T, WIDTH, true>(a.out[m], value, probabilities + k);
-      if (WIDTH == N) {
-        multiply_tiles<T, WIDTH, true>(a.out[m], value, probabilities + (N * 64 + k));
+    UNROLL for (int k = 0; k < most; k += 16) {
+      UNROLL for (int m = 0; m < MINE; ++m) {
+        multiply_tiles<T, 2 * N, true>(a.out[m], values + (m * kTile + k * 64), probabilities + k);
       }
     }
+    wait_for_products();
+    UNROLL for (int m = 0; m < MINE; ++m) settle(a.out[m]);
   }
-#endif
-  wait_for_products();
-  UNROLL for (int m = 0; m < LORA / 128; ++m) settle(a.out[m]);
 }
 
 // Units of `heads` heads, head by head, go to the cluster's blocks in turn: how many to this one.
@@ -167,95 +172,89 @@ template <typename A>
 FUNC uint units_of(uint heads, uint rank) {
   return (heads * uint(A::UNITS) + uint(kCluster - 1) - rank) / uint(kCluster);
 }
-// Where a block's part of a unit stands among what it sends: [kCluster][MOST][CHUNK].
+// What each block gets: its units of all 16, and all heads' (largest score, sum).
 template <typename A>
-FUNC uint chunk_of(uint unit) {
-  return (unit % uint(kCluster) * uint(A::MOST) + unit / uint(kCluster)) * uint(A::CHUNK);
+FUNC uint bytes_of_units(uint heads, uint rank) {
+  return uint(kCluster) * (units_of<A>(heads, rank) * uint(A::UNIT * 4) + heads * 8u);
 }
-// Where dimension d of a unit stands: what a lane puts down at once, of 16 dimensions of a tile g
-// and g + 8, of TOGETHER tiles, beside each other.
+// Where dimension d of a unit stands: what a lane sends at once, of 16 dimensions of a tile g and
+// g + 8, of TOGETHER tiles, beside each other.
 template <int TOGETHER>
 FUNC uint unit_place(uint d) {
   return (d % 64u / 16u * 8u + d % 8u) * uint(2 * TOGETHER) + d / 64u * 2u + d / 8u % 2u;
 }
 
-// This block's part of every head, for send_units. sums: [9][N].
+// The warps' sums of a head and its largest score to sums [9][N].
 template <int N, int LORA, typename F>
-FUNC void put_units(const LatentAttended<N, LORA>& a, F outgoing, F sums, uint heads, uint warp,
-                    uint lane) {
-  using A = LatentAttended<N, LORA>;
+FUNC void put_sums(const LatentAttended<N, LORA>& a, F sums, uint warp, uint lane) {
   UNROLL for (int e = 0; e < N / 4; ++e) {
-    uint head = head_of(e, lane);
     float sum = a.sum[e];
     for (uint m = 4; m < 32u; m <<= 1) sum += shuffle_xor(sum, m);
     if (lane < 4u) {
-      sums[warp * N + head] = sum;
-      if (warp == 0u) sums[8 * N + head] = a.top[e];
-    }
-    UNROLL for (int m = 0; m < A::MINE; m += A::TOGETHER) {
-      Floats<2 * A::TOGETHER> part;
-      UNROLL for (int j = 0; j < 2 * A::TOGETHER; ++j) {
-        int at = e / 2 * 4 + j % 2 * 2 + e % 2;
-        part.v[j] = a.out[m + j / 2].v[at];
-        if (A::WIDTH > N) part.v[j] += a.out[m + j / 2].v[A::WIDTH / 2 - N / 2 + at];
-      }
-      uint unit = head * uint(A::UNITS) + (warp / 4u * A::MINE + uint(m)) / A::TOGETHER;
-      uint at = chunk_of<A>(unit) + unit_place<A::TOGETHER>(warp % 4u * 16u + lane / 4u);
-      if (head < heads) store_floats(outgoing + at, part);
+      sums[warp * N + head_of(e, lane)] = sum;
+      if (warp == 0u) sums[8 * N + head_of(e, lane)] = a.top[e];
     }
   }
 }
 
-// Those to the cluster's blocks that merge them: gathered [kCluster][MOST][CHUNK].
-template <int N, typename A, typename F, typename C>
-FUNC void send_units(F outgoing, F gathered, F sums, C arrivals, uint rank, uint heads,
-                     uint thread) {
-  for (uint unit = thread; unit < heads * uint(A::UNITS); unit += 256u) {
-    uint head = unit / uint(A::UNITS);
-    Floats<4> known = {{sums[8 * N + head], 0.0f, 0.0f, 0.0f}};
-    UNROLL for (int w = 0; w < 8; ++w) known.v[1] += sums[uint(w * N) + head];
-    store_floats(outgoing + (chunk_of<A>(unit) + uint(A::UNIT)), known);
+// This block's part of every head to the blocks that merge it: gathered [MOST][kCluster][UNIT],
+// stats [heads][kCluster][2].
+template <int N, int LORA, typename F, typename C>
+FUNC void send_units(const LatentAttended<N, LORA>& a, F gathered, F stats, F sums, C arrivals,
+                     uint rank, uint heads, uint warp, uint lane) {
+  using A = LatentAttended<N, LORA>;
+  UNROLL for (int e = 0; e < N / 4; ++e) {
+    uint head = head_of(e, lane);
+    if (head >= heads) continue;
+    UNROLL for (int m = 0; m < A::MINE; m += A::TOGETHER) {
+      Floats<2 * A::TOGETHER> part;
+      UNROLL for (int j = 0; j < 2 * A::TOGETHER; ++j) {
+        int at = e / 2 * 4 + j % 2 * 2 + e % 2;
+        part.v[j] = a.out[m + j / 2].v[at] + a.out[m + j / 2].v[N / 2 + at];
+      }
+      uint unit = head * uint(A::UNITS) + (warp / 4u * A::MINE + uint(m)) / A::TOGETHER;
+      uint at = (unit / uint(kCluster) * uint(kCluster) + rank) * uint(A::UNIT);
+      send_part(gathered + (at + unit_place<A::TOGETHER>(warp % 4u * 16u + lane / 4u)), arrivals,
+                unit % uint(kCluster), part);
+    }
   }
-  tiles_written();
-  group_barrier();
-  if (thread >= uint(kCluster)) return;
-  uint floats = units_of<A>(heads, thread) * uint(A::CHUNK);
-  if (floats > 0u) {
-    send_floats(outgoing + thread * uint(A::MOST * A::CHUNK),
-                gathered + rank * uint(A::MOST * A::CHUNK), arrivals, thread, floats);
+  for (uint i = warp * 32u + lane; i < heads * uint(kCluster); i += 256u) {
+    uint head = i / uint(kCluster);
+    Floats<2> known = {{sums[8 * N + head], 0.0f}};
+    UNROLL for (int w = 0; w < 8; ++w) known.v[1] += sums[uint(w * N) + head];
+    send_part(stats + 2u * (head * uint(kCluster) + rank), arrivals, i % uint(kCluster), known);
   }
 }
 
 // This block's units to values divided by their sums, and of heads whose first unit it has (largest
 // score, sum). A head's partial [LORA] and partial_stats [2] stand `stretches` apart.
 template <typename A, int LORA, typename F, typename P>
-FUNC void merge_units(F gathered, F weights, P partial, P partial_stats, uint heads, uint rank,
-                      uint stretches, uint thread) {
+FUNC void merge_units(F gathered, F stats, F weights, P partial, P partial_stats, uint heads,
+                      uint rank, uint stretches, uint thread) {
   uint mine = units_of<A>(heads, rank), of = thread / 16u, from = thread % 16u;
-  uint unit = of * uint(kCluster) + rank;
+  uint unit = of * uint(kCluster) + rank, head = unit / uint(A::UNITS);
   bool known = of < mine;
-  uint at = (from * uint(A::MOST) + (known ? of : 0u)) * uint(A::CHUNK) + uint(A::UNIT);
-  float top = known ? float(gathered[at]) : 0.0f, highest = top;
+  uint at = 2u * ((known ? head : 0u) * uint(kCluster) + from);
+  float top = stats[at], highest = top;
   for (uint m = 1; m < 16u; m <<= 1) {
     float other = shuffle_xor(highest, m);
     highest = other > highest ? other : highest;
   }
-  float share = exp2_fast(top - highest), sum = known ? share * gathered[at + 1u] : 0.0f;
+  float share = exp2_fast(top - highest), sum = share * stats[at + 1u];
   for (uint m = 1; m < 16u; m <<= 1) sum += shuffle_xor(sum, m);
   if (known) weights[of * uint(kCluster) + from] = div_fast(share, sum);
   if (known && unit % uint(A::UNITS) == 0u && from == 0u) {
-    partial_stats[unit / uint(A::UNITS) * stretches * 2u] = highest;
-    partial_stats[unit / uint(A::UNITS) * stretches * 2u + 1u] = sum;
+    partial_stats[head * stretches * 2u] = highest;
+    partial_stats[head * stretches * 2u + 1u] = sum;
   }
   group_barrier();
   for (uint i = thread; i < mine * uint(A::UNIT); i += 256u) {
     uint place = i / uint(A::UNIT), d = i % uint(A::UNIT);
     unit = place * uint(kCluster) + rank;
-    auto parts = gathered + (place * uint(A::CHUNK) + unit_place<A::TOGETHER>(d));
+    auto parts = gathered + (place * uint(kCluster * A::UNIT) + unit_place<A::TOGETHER>(d));
     float value = 0.0f;
     UNROLL for (int b = 0; b < kCluster; ++b) {
-      value = fma_rn(weights[place * uint(kCluster) + uint(b)], parts[b * (A::MOST * A::CHUNK)],
-                     value);
+      value = fma_rn(weights[place * uint(kCluster) + uint(b)], parts[b * A::UNIT], value);
     }
     partial[unit / uint(A::UNITS) * stretches * LORA + unit % uint(A::UNITS) * A::UNIT + d] = value;
   }

@@ -12,15 +12,10 @@ FUNC uint stretches(uint cached) {
   return active;
 }
 
-// Of latent positions, which a block takes in stages of 64: at most MOST, one for every
-// kLatentStretch tokens.
-#ifndef MF_STRETCH
-#define MF_STRETCH 1024
-#endif
-constexpr int kLatentStretch = MF_STRETCH;
+// Of latent positions, where a cluster takes kStretch at once: at most MOST, one for each of those.
 template <int MOST>
 FUNC uint latent_stretches(uint cached) {
-  uint wanted = 1u + cached / uint(kLatentStretch);
+  uint wanted = 1u + cached / uint(kStretch);
   return wanted < uint(MOST) ? wanted : uint(MOST);
 }
 

@@ -77,19 +77,6 @@ template <typename T>
 FUNC void store_zeros(T* to) {
   *reinterpret_cast<Words<4>*>(to) = {{0u, 0u, 0u, 0u}};
 }
-template <typename T>
-FUNC void store_eight(T* to, const Floats<8>& f) {
-  struct alignas(16) Eight {
-    T v[8];
-  } e;
-  UNROLL for (int i = 0; i < 8; ++i) e.v[i] = T(f.v[i]);
-  *reinterpret_cast<Eight*>(to) = e;
-}
-// N = 2 or 4 floats, aligned to all of them.
-template <int N>
-FUNC void store_floats(float* to, const Floats<N>& f) {
-  *reinterpret_cast<Floats<N>*>(__builtin_assume_aligned(to, 4 * N)) = f;
-}
 // 16 bytes to it, in the background: wait_for_copies<N>() ends when all of the thread's own have
 // but those of the last N commits.
 template <typename T>
@@ -353,25 +340,6 @@ FUNC void send_part(float* p, Arrivals* arrivals, uint rank, Floats<N> v) {
         "f"(v.v[0]), "f"(v.v[1]), "f"(v.v[N - 2]), "f"(v.v[N - 1]), "r"(count)
         : "memory");
   }
-#endif
-}
-// Floats from here to `to` in the shared memory of block `rank`, in the background: a multiple of
-// four, aligned to as many; with tiles_written() and a barrier in front. They have to stay until
-// that block's arrivals have counted them.
-FUNC void send_floats(const float* from, float* to, Arrivals* arrivals, uint rank, uint count) {
-#if MOEFUSE_HOPPER
-  uint there, counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(there)
-      : "r"(uint(__cvta_generic_to_shared(to))), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(counter)
-      : "r"(uint(__cvta_generic_to_shared(arrivals))), "r"(rank));
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-      "[%3];" ::"r"(there),
-      "r"(uint(__cvta_generic_to_shared(from))), "r"(4u * count), "r"(counter)
-      : "memory");
 #endif
 }
 // Ends when all that was expected has come.

@@ -33,7 +33,7 @@
 #define GRID_HEADS_SIGNATURE \
   TYPE(T) INT(TILES) INT(HEADS) INT(X_HEAD) INT(PART) INT(N) \
   IN(float, x, rows * HEADS * X_HEAD) GRID_IN(, HEADS, N, PART) \
-  OUT(float, out, rows * HEADS * N)
+  OUT(T, out, rows * HEADS * N)
 
 // bias: of the sigmoid router only, as scaling below. Without a shared expert gate and up stand in.
 #define GRID_GATE_UP_SIGNATURE \
@@ -88,9 +88,9 @@
   OUT(float, partial, rows * HEADS * SPLITS * D) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
 #define CLUSTER_ATTENTION_MLA_SIGNATURE \
-  TYPE(T) INT(BATCHES) INT(N) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) \
+  TYPE(T) INT(N) INT(HEADS) INT(NOPE) INT(ROPE) INT(LORA) INT(SPLITS) \
   INT(KV_STRIDE) INT(KV_OFFSET) \
-  IN(float, q_latent, rows * HEADS * LORA) IN(float, q, rows * HEADS * (NOPE + ROPE)) \
+  IN(T, q_latent, rows * HEADS * LORA) IN(float, q, rows * HEADS * (NOPE + ROPE)) \
   IN(float, kv, rows * KV_STRIDE) IN(T, kv_norm, LORA) IN(float, eps, 16) IN(float, scale, 16) \
   IN(float, rope, rows * ROPE) IN(uint, places, rows * 4) \
   IN(T, latent_cache, sequences * capacity * LORA) IN(T, rope_cache, sequences * capacity * ROPE) \
