@@ -13,8 +13,9 @@ namespace {
 constexpr int kThreads = 256, kWarps = 8;
 // As in kernels/attend.h, attend_latent.h and stretches.h.
 constexpr int kBatch = 80, kStage = 64, kStretch = 2048;
-// At most. Seven clusters of blocks that fill a multiprocessor are what an H200 runs at once.
-constexpr int kSplits = 4, kLatentSplits = 7;
+// Stretches at most: an H200 runs seven clusters of blocks at once that fill a multiprocessor, as
+// latent attention's do, and 14 of four KV heads' if two fit on one.
+constexpr int kSplits = 3, kLatentSplits = 7;
 constexpr int kMostTiles = 8;       // of a block's outputs, 16 rows each
 constexpr int kExpertsOfBlock = 8;  // rows of a router that a block of o has registers for
 constexpr int kStaticShared = 48 * 1024, kDynamicShared = 215 * 1024;
@@ -58,6 +59,10 @@ int batch_bytes(int batches, int values) {
 int latent_shared_bytes(int heads, int latent, int rope) {
   const int row = 2 * 64, tiles = metal::blocks(latent + rope, 64);
   return (2 * kStage * tiles + heads * tiles + 4 * heads) * row;
+}
+
+int most_splits(const ModelConfig& config) {
+  return config.kv_lora_rank > 0 ? kLatentSplits : kSplits;
 }
 
 // The first thing that a stage has and the kernels do not take, or "".
@@ -152,10 +157,7 @@ std::string tensor_refusal(const Plan& plan) {
 }
 
 int cache_splits(const ModelConfig& config, int cached) {
-  if (config.kv_lora_rank > 0) return std::min(kLatentSplits, 1 + cached / kStretch);
-  int splits = 1;
-  while (splits < kSplits && cached >= splits * kStretch) splits *= 2;
-  return splits;
+  return std::min(most_splits(config), 1 + cached / kStretch);
 }
 
 const mx::array& FoldedRouters::of(int layer, const Router& router, const Matrix& o) {
@@ -186,7 +188,8 @@ TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
     : metal::Walk(p, a, constants, inputs, std::move(launcher)),
       routers_(routers),
       multiprocessors_(multiprocessors),
-      splits_(splits) {
+      splits_(splits),
+      most_splits_(splits == 1 ? 1 : most_splits(p.config)) {
   wide_constants = true;
   activations = mx::float32;
 }
@@ -282,8 +285,8 @@ void TensorWalk::run(const GroupedAttention& s) {
   auto out = outputs("cluster_attention_gqa",
                      {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
                       constant(s.scale), angles, places, cache.keys, cache.values},
-                     {dtype, s.heads, s.kv_heads, s.head_dim, splits_},
-                     {{rows, s.heads, splits_, s.head_dim}, {rows, s.heads, splits_, 2}},
+                     {dtype, s.heads, s.kv_heads, s.head_dim, most_splits_},
+                     {{rows, s.heads, most_splits_, s.head_dim}, {rows, s.heads, most_splits_, 2}},
                      {mx::float32, mx::float32}, {metal::kCluster * splits_, s.kv_heads, rows},
                      kThreads, batch_bytes(1, 2 * (s.head_dim + 8)), 2);
   partial = out[0];
@@ -310,8 +313,6 @@ void TensorWalk::run(const LatentAttention& s) {
   const LayerCache& cache = caches[layer];
   const LatentQuery& q = *latent;
   const int stride = projected.shape(-1);
-  // One text for all numbers of stretches but one: a new text takes a second to compile.
-  const int most = splits_ == 1 ? 1 : kLatentSplits;
   // Eight heads to a block where all clusters run at once, else 24, which read a position together.
   const int at_once = multiprocessors_ / metal::kCluster - 1;
   const int heads = metal::blocks(s.heads, 8) * splits_ * rows <= at_once ? 8 : 24;
@@ -319,9 +320,9 @@ void TensorWalk::run(const LatentAttention& s) {
       outputs("cluster_attention_mla",
               {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
                constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, most, stride,
+              {dtype, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, most_splits_, stride,
                stride - s.latent_dim - s.rope_dim},
-              {{rows, s.heads, most, s.latent_dim}, {rows, s.heads, most, 2}},
+              {{rows, s.heads, most_splits_, s.latent_dim}, {rows, s.heads, most_splits_, 2}},
               {mx::float32, mx::float32},
               {metal::kCluster * splits_, metal::blocks(s.heads, heads), rows}, kThreads,
               latent_shared_bytes(heads, s.latent_dim, s.rope_dim));
@@ -347,7 +348,7 @@ void TensorWalk::run(const OutputProjection& s) {
   }
   const int warps = warps_for(slices(s.o.cols), 20);
   add_to_residual("grid_attention_out", {partial, stats, places},
-                  {dtype, rows, warps, grouped->heads, grouped->head_dim, splits_}, s.o, router,
+                  {dtype, rows, warps, grouped->heads, grouped->head_dim, most_splits_}, s.o, router,
                   {metal::blocks(s.o.rows, 16), 1, 1}, warps);
 }
 

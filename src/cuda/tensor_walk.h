@@ -83,6 +83,9 @@ class TensorWalk : public metal::Walk {
 
   FoldedRouters& routers_;
   const int multiprocessors_, splits_;
+  // What the texts are made for: the most that there may be, as a new text takes a second to
+  // compile, or one.
+  const int most_splits_;
   const Router* router_ = nullptr;  // of the layer
   mx::array router_logits_{0}, row_squares_{0}, latent_query_{0};
 };

@@ -56,19 +56,11 @@ struct Attention {
 };
 
 // How a kernel goes through the positions: a score's products in so many sums beside each other, so
-// many positions at a time, as many stretches as it says.
+// many positions at a time.
 struct Way {
-  size_t chains, batch, (*active)(size_t splits, size_t cached);
+  size_t chains, batch;
 };
-size_t powers_of_two(size_t splits, size_t cached) {
-  size_t active = 1;
-  while (active < splits && cached >= active * kStretch) active *= 2;
-  return active;
-}
-size_t one_by_one(size_t splits, size_t cached) {
-  return std::min(splits, 1 + cached / kStretch);
-}
-constexpr Way kGrouped = {4, kBatch, powers_of_two}, kLatent = {2, 2 * kStage, one_by_one};
+constexpr Way kGrouped = {4, kBatch}, kLatent = {2, 2 * kStage};
 
 // Every rounding is taken as 2^-23, twice of rounding to nearest: tensor cores cut off. A score is
 // the sum of some chains of its products; the blocks share the positions, so a sum of
@@ -150,11 +142,16 @@ bool inside(float got, Approx want) {
   return std::abs(got - want.value) <= want.error;  // false for NaN
 }
 
+// What the texts say of stretches.
+size_t active_of(const Row& row, size_t splits) {
+  return std::min(splits, size_t{1} + row.cached / kStretch);
+}
+
 // How many of a head's results lie outside their bounds: those of each stretch, and the merged.
 template <typename T>
 size_t outside(const Way& way, const Output& got, size_t head_at, size_t splits, const Row& row,
                const Vector& q, const Vectors& keys, const Vectors& values, float scale) {
-  const size_t active = way.active(splits, row.cached), n = keys.size(), dim = values[0].size();
+  const size_t active = active_of(row, splits), n = keys.size(), dim = values[0].size();
   size_t count = 0;
   double top = -INFINITY, sum = 0.0;
   std::vector<double> merged(dim, 0.0);
@@ -405,7 +402,7 @@ Output output_of(Run& run, std::vector<Order> orders = {Order::shuffled}) {
   }
   size_t idle = 0;
   for (const Row& row : run.rows)
-    idle += (Run::kSplits - Run::kWay.active(Run::kSplits, row.cached)) * Run::kHeads;
+    idle += (Run::kSplits - active_of(row, Run::kSplits)) * Run::kHeads;
   EXPECT_EQ(partial.unwritten(), idle * Run::kDim);
   EXPECT_EQ(stats.unwritten(), idle * 2);
   return {partial.values(), stats.values()};

@@ -4,17 +4,9 @@
 
 constexpr int kStretch = 2048;
 
-// At most MOST, a power of two: one for every kStretch tokens, the newest among them.
+// At most MOST, one for every kStretch tokens, the newest among them.
 template <int MOST>
 FUNC uint stretches(uint cached) {
-  uint active = 1u;
-  while (active < uint(MOST) && cached >= active * kStretch) active *= 2u;
-  return active;
-}
-
-// Of latent positions, where a cluster takes kStretch at once: at most MOST, one for each of those.
-template <int MOST>
-FUNC uint latent_stretches(uint cached) {
   uint wanted = 1u + cached / uint(kStretch);
   return wanted < uint(MOST) ? wanted : uint(MOST);
 }
