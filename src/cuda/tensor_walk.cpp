@@ -316,16 +316,15 @@ void TensorWalk::run(const LatentAttention& s) {
   // Eight heads to a block where all clusters run at once, else 24, which read a position together.
   const int at_once = multiprocessors_ / metal::kCluster - 1;
   const int heads = metal::blocks(s.heads, 8) * splits_ * rows <= at_once ? 8 : 24;
-  auto out =
-      outputs("cluster_attention_mla",
-              {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
-               constant(s.scale), angles, places, cache.keys, cache.values},
-              {dtype, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, most_splits_, stride,
-               stride - s.latent_dim - s.rope_dim},
-              {{rows, s.heads, most_splits_, s.latent_dim}, {rows, s.heads, most_splits_, 2}},
-              {mx::float32, mx::float32},
-              {metal::kCluster * splits_, metal::blocks(s.heads, heads), rows}, kThreads,
-              latent_shared_bytes(heads, s.latent_dim, s.rope_dim));
+  auto out = outputs(
+      "cluster_attention_mla",
+      {latent_query_, query, projected, q.kv_a_norm.weight, constant(q.kv_a_norm.eps),
+       constant(s.scale), angles, places, cache.keys, cache.values},
+      {dtype, heads, s.heads, q.nope_dim, s.rope_dim, s.latent_dim, most_splits_, stride,
+       stride - s.latent_dim - s.rope_dim},
+      {{rows, s.heads, most_splits_, s.latent_dim}, {rows, s.heads, most_splits_, 2}},
+      {mx::float32, mx::float32}, {metal::kCluster * splits_, metal::blocks(s.heads, heads), rows},
+      kThreads, latent_shared_bytes(heads, s.latent_dim, s.rope_dim));
   partial = out[0];
   stats = out[1];
   grouped = nullptr;
@@ -348,8 +347,8 @@ void TensorWalk::run(const OutputProjection& s) {
   }
   const int warps = warps_for(slices(s.o.cols), 20);
   add_to_residual("grid_attention_out", {partial, stats, places},
-                  {dtype, rows, warps, grouped->heads, grouped->head_dim, most_splits_}, s.o, router,
-                  {metal::blocks(s.o.rows, 16), 1, 1}, warps);
+                  {dtype, rows, warps, grouped->heads, grouped->head_dim, most_splits_}, s.o,
+                  router, {metal::blocks(s.o.rows, 16), 1, 1}, warps);
 }
 
 // Of a router that has no bias, zeros; of a softmax, what its kernels do not read.

@@ -383,9 +383,9 @@ size_t outside(const Run& run, const Output& got, Fault fault) {
       auto [keys, values] = run.positions(row, head);
       if (fault != Fault::none && keys.size() < 2) continue;
       plant(fault, keys, values);
-      count += outside<typename Run::T>(Run::kWay, got, row * Run::kHeads + head, Run::kSplits,
-                                        run.rows[row], run.query(row, head), keys, values,
-                                        run.scale[0]);
+      count +=
+          outside<typename Run::T>(Run::kWay, got, row * Run::kHeads + head, Run::kSplits,
+                                   run.rows[row], run.query(row, head), keys, values, run.scale[0]);
     }
   return count;
 }

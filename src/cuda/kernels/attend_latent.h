@@ -1,7 +1,7 @@
 // Attention of N query heads, padded to 8 or 24, to latent positions that all of them share, by two
-// warpgroups: stages of 64 positions as tiles of 64 dimensions in shared memory, two at a time. Each
-// warpgroup scores a stage, then sums half of the dimensions of both. The blocks of a cluster meet
-// once, at the end, where each merges its part of the heads' dimensions.
+// warpgroups: stages of 64 positions as tiles of 64 dimensions in shared memory, two at a time.
+// Each warpgroup scores a stage, then sums half of the dimensions of both. The blocks of a cluster
+// meet once, at the end, where each merges its part of the heads' dimensions.
 #pragma once
 
 constexpr int kStage = 64, kTile = kStage * 64;
@@ -154,7 +154,8 @@ FUNC void add_stage(LatentAttended<N, LORA>& a, P values, P probabilities, uint 
   constexpr int MINE = LORA / 128;
   values = values + warp / 4u * (MINE * kTile);
   UNROLL for (int most = 16; most <= kStage; most += 16) {
-    if (most < kStage ? (count + 15u) / 16u * 16u != uint(most) : count <= uint(most - 16)) continue;
+    if (most < kStage ? (count + 15u) / 16u * 16u != uint(most) : count <= uint(most - 16))
+      continue;
     UNROLL for (int m = 0; m < MINE; ++m) settle(a.out[m]);
     begin_products();
     UNROLL for (int k = 0; k < most; k += 16) {

@@ -64,7 +64,7 @@ FUNC Words<4> load_cached(const void* p) {
 }
 
 // The kernel's one array whose size the launch gives.
-#define DYNAMIC_SHARED_ARRAY(type, name, size)                  \
+#define DYNAMIC_SHARED_ARRAY(type, name, size)                     \
   extern __shared__ __align__(1024) unsigned char dynamic_bytes[]; \
   type* const name = reinterpret_cast<type*>(dynamic_bytes)
 template <typename T>

@@ -1,5 +1,5 @@
-// Hopper's products of a whole warpgroup, four warps, as CUDA's dialect: they take both factors from
-// shared memory and go on in the background. Comes after tensor_dialect.h.
+// Hopper's products of a whole warpgroup, four warps, as CUDA's dialect: they take both factors
+// from shared memory and go on in the background. Comes after tensor_dialect.h.
 #pragma once
 
 // Two numbers as T, the first in the low half.
@@ -12,11 +12,10 @@ FUNC uint two_halves(float a, float b) {
 // 2 t + 1 of each, and lane 8 i + r names where column r of tile i goes.
 template <typename T>
 FUNC void store_turned(T* p, const Words<4>& w) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-          uint(__cvta_generic_to_shared(p))),
-      "r"(w.w[0]), "r"(w.w[1]), "r"(w.w[2]), "r"(w.w[3])
-      : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   uint(__cvta_generic_to_shared(p))),
+               "r"(w.w[0]), "r"(w.w[1]), "r"(w.w[2]), "r"(w.w[3])
+               : "memory");
 }
 
 // Tiles have rows of 64 halves after each other, the first eight on 1,024 bytes; the 16 bytes of
@@ -52,28 +51,29 @@ FUNC unsigned long long tile_descriptor(const T* p) {
 template <typename T, int N>
 struct TileProduct;
 #define FOUR(i) "+f"(c.v[i]), "+f"(c.v[i + 1]), "+f"(c.v[i + 2]), "+f"(c.v[i + 3])
-#define TILE_PRODUCT(type, name, columns, sums, a, b, one, turned, ...)                             \
-  template <>                                                                                       \
-  struct TileProduct<type, columns> {                                                               \
-    template <bool TURNED>                                                                          \
-    static FUNC void add(Floats<columns / 2>& c, unsigned long long x, unsigned long long y) {      \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " one                                            \
-                   ", 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name       \
-                   " {" sums "}, " a ", " b ", p, 1, 1, " turned ", 0; }"                           \
-                   : __VA_ARGS__                                                                    \
-                   : "l"(x), "l"(y), "r"(1), "n"(TURNED));                                          \
-    }                                                                                               \
+#define TILE_PRODUCT(type, name, columns, sums, a, b, one, turned, ...)                        \
+  template <>                                                                                  \
+  struct TileProduct<type, columns> {                                                          \
+    template <bool TURNED>                                                                     \
+    static FUNC void add(Floats<columns / 2>& c, unsigned long long x, unsigned long long y) { \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " one                                       \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name  \
+                   " {" sums "}, " a ", " b ", p, 1, 1, " turned ", 0; }"                      \
+                   : __VA_ARGS__                                                               \
+                   : "l"(x), "l"(y), "r"(1), "n"(TURNED));                                     \
+    }                                                                                          \
   };
-#define TILE_PRODUCTS(type, name)                                                                   \
-  TILE_PRODUCT(type, name, 8, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", FOUR(0))                    \
-  TILE_PRODUCT(type, name, 16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", FOUR(0), \
-               FOUR(4))                                                                             \
-  TILE_PRODUCT(type, name, 24, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11", "%12", "%13",    \
-               "%14", "%15", FOUR(0), FOUR(4), FOUR(8))                                             \
-  TILE_PRODUCT(type, name, 48,                                                                      \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "   \
-               "%18, %19, %20, %21, %22, %23",                                                      \
-               "%24", "%25", "%26", "%27", FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20))
+#define TILE_PRODUCTS(type, name)                                                                 \
+  TILE_PRODUCT(type, name, 8, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", FOUR(0))                  \
+  TILE_PRODUCT(type, name, 16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11",        \
+               FOUR(0), FOUR(4))                                                                  \
+  TILE_PRODUCT(type, name, 24, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11", "%12", "%13",  \
+               "%14", "%15", FOUR(0), FOUR(4), FOUR(8))                                           \
+  TILE_PRODUCT(type, name, 48,                                                                    \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+               "%18, %19, %20, %21, %22, %23",                                                    \
+               "%24", "%25", "%26", "%27", FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16),         \
+               FOUR(20))
 #if MOEFUSE_HOPPER
 TILE_PRODUCTS(bfloat16_t, "bf16")
 TILE_PRODUCTS(float16_t, "f16")
