@@ -425,7 +425,7 @@ class Attending : public testing::Test {};
 using Runs = testing::Types<
     GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>, GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
     LatentRun<Latent<bfloat16_t, 8, 4, 32, 1>>, LatentRun<Latent<float16_t, 24, 20, 64, 3>>,
-    LatentRun<Latent<bfloat16_t, 8, 12, 32, 1>>, LatentRun<Latent<bfloat16_t, 24, 4, 32, 1, 512>>>;
+    LatentRun<Latent<bfloat16_t, 8, 12, 32, 1>>, LatentRun<Latent<bfloat16_t, 8, 4, 32, 1, 512>>>;
 TYPED_TEST_SUITE(Attending, Runs);
 
 TYPED_TEST(Attending, FewPositions) {

@@ -262,33 +262,40 @@ void expect_products_of_heads() {
   Buffer<float> partial(uniform_vector<float>(ROWS * P::HEADS * P::LORA, -2.0f, 2.0f));
   Buffer<float> stats(std::vector<float>(ROWS * P::HEADS * 2, 1.0f));
   Buffer<uint> places(std::vector<uint>(ROWS * 4, 0u));
-  const auto run = [&](auto make) {
+  const auto run = [&](auto type, auto make) {
     return std::get<0>(in_every_order([&](Order order) {
-      auto out = Buffer<float>::output(ROWS * P::HEADS * P::N);
+      auto out = Buffer<decltype(type)>::output(ROWS * P::HEADS * P::N);
       auto kernel = make(out);
       check_sizes(kernel, {.rows = ROWS, .capacity = 0, .batches = 0, .sequences = 1});
       emulator::dispatch({BLOCKS, P::HEADS, ROWS}, 256, order, [&] { kernel(); });
       return std::tuple(out);
     }));
   };
-  const auto expect = [&](const Buffer<float>& got, const Buffer<float>& of, size_t stride) {
+  // rounding: of what is stored, relative.
+  const auto expect = [&](const auto& got, double rounding, const Buffer<float>& of,
+                          size_t stride) {
     for (size_t head = 0; head < ROWS * P::HEADS; ++head) {
       const auto part = doubles(of.values(), head * stride, P::PART);
-      for (size_t n = 0; n < P::N; ++n)
-        EXPECT_TRUE(
-            inside(got.values()[head * P::N + n], grid_dot(m, head % P::HEADS * P::N + n, part)))
+      for (size_t n = 0; n < P::N; ++n) {
+        Approx y = grid_dot(m, head % P::HEADS * P::N + n, part);
+        y.error += rounding * (std::abs(y.value) + y.error);
+        EXPECT_TRUE(inside(float(got.values()[head * P::N + n]), y))
             << "head " << head << ", row " << n << " of " << TILES << " tiles";
+      }
     }
   };
-  expect(run([&](Buffer<float>& out) {
-           return kernels::grid_heads<P>{x, m.weight, m.scales, m.biases, out};
-         }),
-         x, P::X_HEAD);
-  expect(run([&](Buffer<float>& out) {
-           return kernels::grid_unembed<P>{partial,  stats,    places, m.weight,
-                                           m.scales, m.biases, out};
-         }),
-         partial, P::LORA);
+  using T = typename P::T;
+  expect(run(T{},
+             [&](Buffer<T>& out) {
+               return kernels::grid_heads<P>{x, m.weight, m.scales, m.biases, out};
+             }),
+         0x1p-8, x, P::X_HEAD);
+  expect(run(0.0f,
+             [&](Buffer<float>& out) {
+               return kernels::grid_unembed<P>{partial,  stats,    places, m.weight,
+                                               m.scales, m.biases, out};
+             }),
+         0.0, partial, P::LORA);
 }
 
 TEST(GridKernels, MatrixOfAHeadInTiles) {

@@ -91,6 +91,69 @@ TEST(TensorDialect, MultipliesTiles) {
     }
 }
 
+// Element (row, column) of a tile of a warpgroup's products: its 16 bytes change places.
+uint in_tile(uint row, uint column) {
+  return row * 64 + ((column / 8 ^ row % 8) * 8 + column % 8);
+}
+
+// 64 x 32 times 32 x 8 by a warpgroup, in two steps, the first as it is or transposed.
+template <bool TURNED>
+void expect_warpgroup_products() {
+  const auto x = [](size_t row, size_t k) { return float((row * 7 + k * 5) % 23) - 11.0f; };
+  const auto y = [](size_t k, size_t column) { return float((k * 3 + column * 11) % 19) - 9.0f; };
+  auto out = Buffer<float>::output(64 * 8);
+  const Pointer<float> z(out);
+  const auto kernel = [=] {
+    SHARED_ARRAY(T, tiles, 2 * 64 * 64);
+    const auto second = tiles + 64 * 64;
+    for (uint i = thread_id; i < 64 * 32; i += 128) {
+      const uint row = i / 32, k = i % 32;
+      tiles[TURNED ? in_tile(k, row) : in_tile(row, k)] = T(x(row, k));
+    }
+    for (uint i = thread_id; i < 8 * 32; i += 128)
+      second[in_tile(i / 32, i % 32)] = T(y(i % 32, i / 32));
+    tiles_written();
+    group_barrier();
+    auto c = zeros<4>();
+    begin_products();
+    for (uint k = 0; k < 32; k += 16)
+      multiply_tiles<T, 8, TURNED>(c, tiles + (TURNED ? k * 64 : k), second + k);
+    wait_for_products();
+    settle(c);
+    for (uint i = 0; i < 4; ++i)
+      z[(16 * simd_id + lane_id / 4 + i / 2 * 8) * 8 + lane_id % 4 * 2 + i % 2] = c.v[i];
+  };
+  emulator::dispatch({1, 1, 1}, 128, Order::shuffled, kernel);
+  for (size_t row = 0; row < 64; ++row)
+    for (size_t column = 0; column < 8; ++column) {
+      float sum = 0.0f;
+      for (size_t k = 0; k < 32; ++k) sum += x(row, k) * y(k, column);
+      EXPECT_EQ(out.values()[row * 8 + column], sum) << row << " " << column;
+    }
+}
+TEST(TensorDialect, WarpgroupMultipliesTiles) {
+  expect_warpgroup_products<false>();
+  expect_warpgroup_products<true>();
+}
+
+TEST(TensorDialect, StoresTilesTurned) {
+  auto out = Buffer<float>::output(4 * 64);
+  const Pointer<float> z(out);
+  emulator::dispatch({1, 1, 1}, 32, Order::shuffled, [=] {
+    SHARED_ARRAY(T, tiles, 4 * 64);
+    Words<4> w;
+    for (uint i = 0; i < 4; ++i) {
+      const float first = float(64 * i + lane_id / 4 * 8 + lane_id % 4 * 2);
+      w.w[i] = two_halves<T>(first, first + 1.0f);
+    }
+    store_turned(tiles + lane_id * 8, w);
+    group_barrier();
+    for (uint i = lane_id; i < 4 * 64; i += 32) z[i] = float(tiles[i]);
+  });
+  for (size_t i = 0; i < 4 * 64; ++i)
+    EXPECT_EQ(out.values()[i], float(i / 64 * 64 + i % 8 * 8 + i / 8 % 8)) << i;
+}
+
 TEST(TensorDialect, BlocksSendToEachOther) {
   auto out = Buffer<float>::output(4 * 16);
   const Pointer<float> z(out);

@@ -99,31 +99,27 @@ FUNC void score_tile(P keys, P queries, P high, P low, F stats, float scale, uin
 }
 
 // What a block knows so far: of heads 2 t and 2 t + 1 of lane 4 g + t the largest score and the
-// sum, the same in every warp; of every eighth 16 of D dimensions the sum of values, for dimensions
-// g and g + 8 of both heads.
-template <int D>
+// sum, the same in every warp; of the warp's 16 dimensions, of 128 at most, the sum of values, for
+// dimensions g and g + 8 of both heads.
 struct ClusterAttended {
-  static constexpr int SLICES = D / 16, MINE = (SLICES + 7) / 8;
-  static constexpr int TOGETHER = MINE % 2 == 0 ? 2 : 1;  // slices that are sent at once
   float top[2], sum[2];
-  Floats<4> out[MINE];
+  Floats<4> out;
 };
 
-template <int D>
-FUNC ClusterAttended<D> nothing_seen() {
-  ClusterAttended<D> a;
+FUNC ClusterAttended nothing_seen() {
+  ClusterAttended a;
   UNROLL for (int i = 0; i < 2; ++i) {
     a.top[i] = -as_float(0x7f800000u);
     a.sum[i] = 0.0f;
   }
-  UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) a.out[m] = zeros<4>();
+  a.out = zeros<4>();
   return a;
 }
 
 // Adds the values of a batch of `tiles` tiles that score_tile has seen. Values past the last valid
 // position have to be numbers.
 template <typename T, int D, int PITCH, typename P, typename F>
-FUNC void add_values(ClusterAttended<D>& a, P values, P high, P low, F stats, uint tiles, uint warp,
+FUNC void add_values(ClusterAttended& a, P values, P high, P low, F stats, uint tiles, uint warp,
                      uint lane) {
   float shares[kTiles][2], keep[2];
   UNROLL for (int i = 0; i < 2; ++i) {
@@ -144,9 +140,7 @@ FUNC void add_values(ClusterAttended<D>& a, P values, P high, P low, F stats, ui
       }
     }
   }
-  UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) {
-    UNROLL for (int i = 0; i < 4; ++i) a.out[m].v[i] *= keep[i % 2];
-  }
+  UNROLL for (int i = 0; i < 4; ++i) a.out.v[i] *= keep[i % 2];
   UNROLL for (int tile = 0; tile < kTiles; ++tile) {
     if (uint(tile) >= tiles) continue;
     uint at = lane / 4u * kProbabilities + 16u * uint(tile) + lane % 4u * 2u;
@@ -155,42 +149,35 @@ FUNC void add_values(ClusterAttended<D>& a, P values, P high, P low, F stats, ui
     // 16 positions of 16 dimensions, turned: each lane names one row of an 8 by 8 tile.
     P row =
         values + ((16u * uint(tile) + lane % 8u + lane / 16u * 8u) * PITCH + lane / 8u % 2u * 8u);
-    UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; ++m) {
-      uint slice = warp + 8u * uint(m);
-      if (ClusterAttended<D>::SLICES % 8 == 0 || slice < uint(ClusterAttended<D>::SLICES)) {
-        Words<4> v = load_turned(row + slice * 16u);
-        Floats<4> c = multiply_halves<T>(zeros<4>(), v.w[0], v.w[1], v.w[2], v.w[3], h0, h1);
-        c = multiply_halves<T>(c, v.w[0], v.w[1], v.w[2], v.w[3], l0, l1);
-        UNROLL for (int i = 0; i < 4; ++i) {
-          a.out[m].v[i] = fma_rn(shares[tile][i % 2], c.v[i], a.out[m].v[i]);
-        }
+    if (D == 128 || warp < uint(D / 16)) {
+      Words<4> v = load_turned(row + warp * 16u);
+      Floats<4> c = multiply_halves<T>(zeros<4>(), v.w[0], v.w[1], v.w[2], v.w[3], h0, h1);
+      c = multiply_halves<T>(c, v.w[0], v.w[1], v.w[2], v.w[3], l0, l1);
+      UNROLL for (int i = 0; i < 4; ++i) {
+        a.out.v[i] = fma_rn(shares[tile][i % 2], c.v[i], a.out.v[i]);
       }
     }
   }
 }
 
-// A batch of `count` positions or fewer that every thread has put its part of into shared memory:
-// keys of KEY dimensions and values of D.
-template <typename T, int KEY, int D, int PITCH, typename P, typename F>
-FUNC void attend_batch(ClusterAttended<D>& a, P keys, P values, P queries, P high, P low, F stats,
+// A batch of `count` positions or fewer that every thread has put its part of into shared memory.
+template <typename T, int D, int PITCH, typename P, typename F>
+FUNC void attend_batch(ClusterAttended& a, P keys, P values, P queries, P high, P low, F stats,
                        float scale, uint count, uint warp, uint lane) {
   uint tiles = tiles_of(count), tile = 16u * warp;
   group_barrier();
   if (warp < tiles) {
-    score_tile<T, KEY, PITCH>(keys + tile * PITCH, queries, high + tile, low + tile, stats + tile,
-                              scale, count - tile, lane);
+    score_tile<T, D, PITCH>(keys + tile * PITCH, queries, high + tile, low + tile, stats + tile,
+                            scale, count - tile, lane);
   }
   group_barrier();
   add_values<T, D, PITCH>(a, values, high, low, stats, tiles, warp, lane);
 }
 
-// Where dimension d of a head's part stands: what a lane sends at once, its dimensions g and g + 8
-// of some slices, beside each other.
-template <int D>
+// Where dimension d of a head's part stands: what a lane sends at once, g and g + 8 of 16, beside
+// each other.
 FUNC uint part_place(uint d) {
-  constexpr uint TOGETHER = ClusterAttended<D>::TOGETHER;
-  uint slice = d / 16u, m = slice / 8u, of_warp = slice % 8u * 8u + d % 8u;
-  return (m / TOGETHER * 64u + of_warp) * (2u * TOGETHER) + m % TOGETHER * 2u + d / 8u % 2u;
+  return (d / 16u * 8u + d % 8u) * 2u + d / 8u % 2u;
 }
 
 // Each head's part to the block of that rank: gathered [kCluster][D], stats [kCluster][2].
@@ -199,26 +186,16 @@ FUNC constexpr uint bytes_of_parts() {
   return kCluster * (D + 2) * 4;
 }
 template <int D, typename F, typename C>
-FUNC void send_parts(const ClusterAttended<D>& a, F gathered, F stats, C arrivals, uint rank,
+FUNC void send_parts(const ClusterAttended& a, F gathered, F stats, C arrivals, uint rank,
                      uint heads, uint warp, uint lane) {
-  constexpr int TOGETHER = ClusterAttended<D>::TOGETHER;
   UNROLL for (int i = 0; i < 2; ++i) {
     uint head = lane % 4u * 2u + uint(i);
     if (head >= heads) continue;
-    UNROLL for (int m = 0; m < ClusterAttended<D>::MINE; m += TOGETHER) {
-      Floats<2 * TOGETHER> part;
-      UNROLL for (int j = 0; j < 2 * TOGETHER; ++j) {
-        part.v[j] = a.out[m + j / 2].v[j % 2 * 2 + i];
-      }
-      uint slice = warp + 8u * uint(m), dimension = slice * 16u + lane / 4u;
-      if (slice < uint(ClusterAttended<D>::SLICES)) {
-        send_part(gathered + (rank * D + part_place<D>(dimension)), arrivals, head, part);
-      }
+    Floats<2> part = {{a.out.v[i], a.out.v[2 + i]}}, known = {{a.top[i], a.sum[i]}};
+    if (warp < uint(D / 16)) {
+      send_part(gathered + (rank * D + part_place(warp * 16u + lane / 4u)), arrivals, head, part);
     }
-    if (warp == 0u && lane < 4u) {
-      Floats<2> known = {{a.top[i], a.sum[i]}};
-      send_part(stats + 2u * rank, arrivals, head, known);
-    }
+    if (warp == 0u && lane < 4u) send_part(stats + 2u * rank, arrivals, head, known);
   }
 }
 
@@ -235,15 +212,12 @@ FUNC void merge_parts(F gathered, F stats, P partial, P partial_stats, uint thre
     sum = fma_rn(shares[b], stats[2 * b + 1], sum);
   }
   float inverse = div_fast(1.0f, sum);
-  UNROLL for (int pass = 0; pass < (D + 255) / 256; ++pass) {
-    uint d = thread + uint(pass) * 256u;
-    if (d < uint(D)) {
-      float value = 0.0f;
-      UNROLL for (int b = 0; b < kCluster; ++b) {
-        value = fma_rn(shares[b], gathered[uint(b) * D + part_place<D>(d)], value);
-      }
-      partial[d] = value * inverse;
+  if (thread < uint(D)) {
+    float value = 0.0f;
+    UNROLL for (int b = 0; b < kCluster; ++b) {
+      value = fma_rn(shares[b], gathered[uint(b) * D + part_place(thread)], value);
     }
+    partial[thread] = value * inverse;
   }
   if (thread == 0u) {
     partial_stats[0] = highest;

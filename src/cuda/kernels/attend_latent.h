@@ -15,6 +15,73 @@ FUNC uint in_tiles(uint rows, uint row, uint d) {
   return d / 64u * (rows * 64u) + in_tile(row, d % 64u);
 }
 
+// Latent positions to a stage, a warp one at a time: `left` that are wanted, of which `old` are in
+// the caches, then zeros for values up to a multiple of 16. The pointers are the lane's own: to row
+// `warp` of the stage, to position 0 of the caches.
+template <int LORA, int ROPE, typename S, typename P>
+FUNC void fetch_stage(S stage, P latents, P rotated, uint left, uint old, uint warp, uint lane) {
+  uint rows = (left + 15u) / 16u * 16u;
+  old = old < left ? old : left;
+  UNROLL for (int i = 0; i < kStage / 8; ++i) {
+    uint p = warp + uint(i) * 8u;
+    bool copied = p < old, zero = p >= left && p < rows;
+    UNROLL for (int k = 0; k < LORA + ROPE; k += 256) {
+      auto at = stage + (k / 64 * kTile + i * 8 * 64);
+      if (lane * 8u + k < uint(LORA)) {
+        if (copied) copy_async(at, latents + (p * LORA + k));
+        if (zero) store_zeros(at);
+      } else if (lane * 8u + k < uint(LORA + ROPE)) {
+        if (copied) copy_async(at, rotated + (int(p * ROPE) + k - LORA));
+      }
+    }
+  }
+}
+
+// The newest position to row `at` of a stage: LORA / 32 consecutive values to a lane, then the
+// rotated ones, every 32nd.
+template <typename T, int LORA, int ROPE, typename S>
+FUNC void put_position(S stage, uint at, const Floats<LORA / 32>& latent,
+                       const Floats<(ROPE + 31) / 32>& rotated, uint lane) {
+  UNROLL for (int j = 0; j < LORA / 32; ++j) {
+    stage[in_tiles(kStage, at, lane * (LORA / 32) + j)] = T(latent.v[j]);
+  }
+  UNROLL for (int j = 0; j < (ROPE + 31) / 32; ++j) {
+    uint d = lane + 32u * uint(j);
+    if (d < uint(ROPE)) stage[in_tiles(kStage, at, LORA + d)] = T(rotated.v[j]);
+  }
+}
+
+// A block's `count` heads' latent parts to tiles of N rows, a warp a head at a time, and zeros.
+template <int N, int LORA, typename S, typename P>
+FUNC void fetch_queries(S queries, P latents, uint count, uint warp, uint lane) {
+  UNROLL for (int i = 0; i < N / 8; ++i) {
+    uint row = warp + 8u * uint(i);
+    for (uint d = lane * 8u; d < uint(LORA); d += 256u) {
+      if (row < count) {
+        copy_async(queries + in_tiles(N, row, d), latents + (row * LORA + d));
+      } else {
+        store_zeros(queries + in_tiles(N, row, d));
+      }
+    }
+  }
+}
+// Their other parts, turned, from `rotated` on every `stride`th.
+template <typename T, int N, int LORA, int ROPE, typename S, typename P, typename A>
+FUNC void put_rotated(S queries, P rotated, uint stride, A angles, uint count, uint warp,
+                      uint lane) {
+  UNROLL for (int i = 0; i < N / 8; ++i) {
+    uint row = warp + 8u * uint(i);
+    Floats<(ROPE + 31) / 32> x =
+        rope_neighbours<float, ROPE>(rotated + (row < count ? row : 0u) * stride, angles, lane);
+    UNROLL for (int j = 0; j < (ROPE + 31) / 32; ++j) {
+      uint d = lane + 32u * uint(j);
+      if (d < uint(ROPE)) {
+        queries[in_tiles(N, row, LORA + d)] = T(row < count ? x.v[j] : 0.0f);
+      }
+    }
+  }
+}
+
 // What a thread knows so far. Heads are 8 j + 2 t + i for lane 4 g + t, as e = 2 j + i: the largest
 // score, the same in every warp, the sum of the thread's own positions, and of its dimensions the
 // values' sums, those by the probabilities' high halves in front of those by the low ones.
