@@ -123,6 +123,7 @@ std::string assemble(const std::vector<std::string>& keys, const std::vector<std
 
 std::vector<std::string> names_of(const std::vector<std::string>& keys) {
   std::vector<std::string> names;
+  names.reserve(keys.size());
   for (const std::string& key : keys)
     names.push_back(key == kFeedText ? "feed" : "kernel" + std::to_string(names.size()));
   return names;
