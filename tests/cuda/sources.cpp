@@ -11,7 +11,7 @@ namespace metal = moefuse::metal;
 
 int main(int argc, char** argv) {
   const bool qwen = argc > 1 && std::string(argv[1]) == "qwen";
-  const int rows = argc > 2 ? std::stoi(argv[2]) : 1, splits = argc > 3 ? std::stoi(argv[3]) : 4;
+  const int rows = argc > 2 ? std::stoi(argv[2]) : 1, splits = argc > 3 ? std::stoi(argv[3]) : 1;
   const true_shapes::Shapes shapes = qwen ? true_shapes::qwen() : true_shapes::glm();
   const moefuse::Plan plan = moefuse::make_plan(shapes.model);
   if (const auto why = moefuse::cuda::tensor_refusal(plan); !why.empty()) {
