@@ -230,21 +230,20 @@ int Replay::shared_bytes(const Node& node, int blocks) {
                    kOfSystem);
 }
 
-// Bytes of shared memory that all kernels' division has to hold, or 0.
+// Bytes of shared memory that all kernels' division has to hold, or 0: each as it likes.
 int Replay::common_shared_bytes() {
-  // Beyond, the others' L1 is too small; what several rows win by more clusters at once outweighs
-  // it.
-  const int most = (rows_ == 1 ? 132 : 164) * 1024;
+  constexpr int kMost = 132 * 1024;  // beyond, the others' L1 is too small
   int common = 0;
   for (const Node& node : nodes_) {
     const auto& g = node.call.groups;
     const int cluster = node.call.kernel->cluster, blocks = g.x * g.y * g.z;
     if (cluster > 1) {
+      if (rows_ > 1 && g.x > cluster && shared_bytes(node, 2) <= kMost) return 0;
       // A block to a multiprocessor makes room for so many clusters but one: some of the GPU's
       // parts that a cluster must lie in have fewer multiprocessors than it has blocks.
-      int beside = metal::blocks(blocks / cluster, multiprocessors() / cluster - 1);
-      while (beside > 1 && shared_bytes(node, beside) > most) --beside;
-      if (beside > 1) common = std::max(common, shared_bytes(node, beside));
+      const int at_once = multiprocessors() / cluster - 1;
+      const int bytes = shared_bytes(node, metal::blocks(blocks / cluster, at_once));
+      if (bytes <= kMost) common = std::max(common, bytes);
     } else if (node.call.kernel->name == "moefuse_grid_gate_up") {
       common = std::max(common, shared_bytes(node, metal::blocks(blocks, multiprocessors())));
     }
@@ -254,15 +253,20 @@ int Replay::common_shared_bytes() {
 
 // A multiprocessor divides its memory between L1, where loads on their way live, and shared memory,
 // and has to be empty to divide it anew: kernels that want other parts do not overlap. All get the
-// least that holds the blocks of the experts' gate and up, which has most of them, and lets
-// attention's clusters run at once or many of them; of several rows also a kernel that does not fit
-// there, which divides anew in any case, as much as its own.
+// least that holds the blocks of the experts' gate and up, which has most of them, and what lets
+// attention's clusters run at once; of several rows also a kernel that does not fit there, which
+// divides anew in any case, as much as its own. Where several rows' caches are long, more of
+// attention's blocks beside each other are worth more; that must not depend on what was recorded
+// before, with the same functions.
 void Replay::split_memory() {
-  constexpr int kAll = 228 * 1024, kLeast = 7;                                // bytes, percent
+  constexpr int kAll = 228 * 1024, kLeast = 7, kAsItLikes = -1;               // bytes, percent
   constexpr int kSteps[] = {8, 16, 32, 64, 100, 132, 164, 196, kAll / 1024};  // of Hopper, in KB
   const int common = common_shared_bytes();
-  if (common == 0) return;
   for (const Node& node : nodes_) {
+    if (common == 0) {
+      prefer_shared(node.function, kAsItLikes, node.call.kernel->name);
+      continue;
+    }
     int bytes = common;
     if (rows_ > 1) {
       const int resident = node.call.resident;
