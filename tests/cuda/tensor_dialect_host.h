@@ -221,7 +221,7 @@ inline void wait_for_products() {}
 template <int N>
 void settle(Floats<N>&) {}
 
-// Element (row, column) of a tile at p, whose rows have 64 halves; `lines` keeps what was read.
+// Element (row, column) of a tile at p, whose rows have 64 halves. Keeps the 16 bytes read last.
 template <typename T>
 class SwizzledTile {
  public:
