@@ -51,11 +51,12 @@ int most_tiles(int columns, int warps, int rows, int products, int most) {
   return most;
 }
 
-// Batches of positions, each with so many values.
-int batch_bytes(int batches, int values) {
-  return batches * kBatch * values * 2;
+// Of grouped attention: a batch of positions, keys and values.
+int grouped_shared_bytes(int dim) {
+  return kBatch * 2 * (dim + 8) * 2;
 }
-// Two stages of positions, so many heads' queries and probabilities, in tiles of 64 dimensions.
+// Of latent attention: two stages of positions, so many heads' queries and probabilities, in tiles
+// of 64 dimensions.
 int latent_shared_bytes(int heads, int latent, int rope) {
   const int row = 2 * 64, tiles = metal::blocks(latent + rope, 64);
   return (2 * kStage * tiles + heads * tiles + 4 * heads) * row;
@@ -288,7 +289,7 @@ void TensorWalk::run(const GroupedAttention& s) {
                      {dtype, s.heads, s.kv_heads, s.head_dim, most_splits_},
                      {{rows, s.heads, most_splits_, s.head_dim}, {rows, s.heads, most_splits_, 2}},
                      {mx::float32, mx::float32}, {metal::kCluster * splits_, s.kv_heads, rows},
-                     kThreads, batch_bytes(1, 2 * (s.head_dim + 8)), 2);
+                     kThreads, grouped_shared_bytes(s.head_dim), 2);
   partial = out[0];
   stats = out[1];
   grouped = &s;

@@ -26,15 +26,19 @@ FUNC Floats<N> turned(Floats<N> x, const Floats<2 * N>& turns, uint lane) {
   return x;
 }
 
-// A latent position: N consecutive values to a lane, then `count` rotated ones, every 32nd.
-template <typename T, int N, int R, typename P>
-FUNC void put_newest(const Floats<N>& latent, P latents, const Floats<R>& rotated, P others,
-                     uint count, uint lane) {
-  UNROLL for (int j = 0; j < N; ++j) latents[lane * N + j] = T(latent.v[j]);
-  UNROLL for (int j = 0; j < R; ++j) {
-    uint d = lane + 32u * uint(j);
-    if (d < count) others[d] = T(rotated.v[j]);
+// Of the lanes that differ in the bits from FROM on below TO: the largest, the sum.
+template <uint FROM, uint TO>
+FUNC float largest_across(float v) {
+  for (uint m = FROM; m < TO; m <<= 1) {
+    float other = shuffle_xor(v, m);
+    v = other > v ? other : v;
   }
+  return v;
+}
+template <uint FROM, uint TO>
+FUNC float sum_across(float v) {
+  for (uint m = FROM; m < TO; m <<= 1) v += shuffle_xor(v, m);
+  return v;
 }
 
 // Of a stretch the positions that a block has: [begin, end); the newest of all is the owner's last.
@@ -78,19 +82,14 @@ FUNC void score_tile(P keys, P queries, P high, P low, F stats, float scale, uin
       float sum = (chains[0].v[j] + chains[1].v[j]) + (chains[2].v[j] + chains[3].v[j]);
       s[r] = lane / 4u + 8u * uint(r) < valid ? sum * scale : -as_float(0x7f800000u);
     }
-    float top = s[0] > s[1] ? s[0] : s[1];
-    for (uint m = 4; m < 32u; m <<= 1) {
-      float other = shuffle_xor(top, m);
-      top = other > top ? other : top;
-    }
+    float top = largest_across<4, 32>(s[0] > s[1] ? s[0] : s[1]);
     uint head = lane % 4u * 2u + uint(i), at = head * kProbabilities + lane / 4u;
     UNROLL for (int r = 0; r < 2; ++r) {
       p[r] = exp2_fast(s[r] - top);
       high[at + 8 * r] = T(p[r]);
       low[at + 8 * r] = T(p[r] - rounded<T>(p[r]));
     }
-    float sum = p[0] + p[1];
-    for (uint m = 4; m < 32u; m <<= 1) sum += shuffle_xor(sum, m);
+    float sum = sum_across<4, 32>(p[0] + p[1]);
     if (lane < 4u) {
       stats[2u * head] = top;
       stats[2u * head + 1u] = sum;

@@ -37,8 +37,17 @@ FUNC void fetch_stage(S stage, P latents, P rotated, uint left, uint old, uint w
   }
 }
 
-// The newest position to row `at` of a stage: LORA / 32 consecutive values to a lane, then the
-// rotated ones, every 32nd.
+// A latent position: N consecutive values to a lane, then `count` rotated ones, every 32nd.
+template <typename T, int N, int R, typename P>
+FUNC void put_newest(const Floats<N>& latent, P latents, const Floats<R>& rotated, P others,
+                     uint count, uint lane) {
+  UNROLL for (int j = 0; j < N; ++j) latents[lane * N + j] = T(latent.v[j]);
+  UNROLL for (int j = 0; j < R; ++j) {
+    uint d = lane + 32u * uint(j);
+    if (d < count) others[d] = T(rotated.v[j]);
+  }
+}
+// The same to row `at` of a stage.
 template <typename T, int LORA, int ROPE, typename S>
 FUNC void put_position(S stage, uint at, const Floats<LORA / 32>& latent,
                        const Floats<(ROPE + 31) / 32>& rotated, uint lane) {
@@ -105,7 +114,7 @@ FUNC LatentAttended<N, LORA> no_position_seen() {
     a.top[e] = -as_float(0x7f800000u);
     a.sum[e] = 0.0f;
   }
-  UNROLL for (int m = 0; m < LORA / 128; ++m) a.out[m] = zeros<N>();
+  UNROLL for (int m = 0; m < LatentAttended<N, LORA>::MINE; ++m) a.out[m] = zeros<N>();
   return a;
 }
 
@@ -135,11 +144,7 @@ template <int N, typename F>
 FUNC void put_tops(const Floats<N / 2>& s, F tops, uint warp, uint lane) {
   UNROLL for (int e = 0; e < N / 4; ++e) {
     int at = e / 2 * 4 + e % 2;
-    float top = s.v[at] > s.v[at + 2] ? s.v[at] : s.v[at + 2];
-    for (uint m = 4; m < 32u; m <<= 1) {
-      float other = shuffle_xor(top, m);
-      top = other > top ? other : top;
-    }
+    float top = largest_across<4, 32>(s.v[at] > s.v[at + 2] ? s.v[at] : s.v[at + 2]);
     if (lane < 4u) tops[warp * N + head_of(e, lane)] = top;
   }
 }
@@ -158,7 +163,7 @@ FUNC void raise_tops(LatentAttended<N, LORA>& a, F tops, uint warps, bool first,
     a.top[e] = top;
     if (first) continue;  // they are zero
     a.sum[e] *= keep;
-    UNROLL for (int m = 0; m < LORA / 128; ++m) {
+    UNROLL for (int m = 0; m < LatentAttended<N, LORA>::MINE; ++m) {
       UNROLL for (int i = 0; i < 4; ++i) {
         a.out[m].v[i / 2 * (N / 2) + e / 2 * 4 + i % 2 * 2 + e % 2] *= keep;
       }
@@ -218,7 +223,7 @@ FUNC void score_stages(LatentAttended<N, LORA>& a, P keys, P queries, P probabil
 // have each wait for the one in front.
 template <typename T, int N, int LORA, typename P>
 FUNC void add_stage(LatentAttended<N, LORA>& a, P values, P probabilities, uint count, uint warp) {
-  constexpr int MINE = LORA / 128;
+  constexpr int MINE = LatentAttended<N, LORA>::MINE;
   values = values + warp / 4u * (MINE * kTile);
   UNROLL for (int most = 16; most <= kStage; most += 16) {
     if (most < kStage ? (count + 15u) / 16u * 16u != uint(most) : count <= uint(most - 16))
@@ -256,8 +261,7 @@ FUNC uint unit_place(uint d) {
 template <int N, int LORA, typename F>
 FUNC void put_sums(const LatentAttended<N, LORA>& a, F sums, uint warp, uint lane) {
   UNROLL for (int e = 0; e < N / 4; ++e) {
-    float sum = a.sum[e];
-    for (uint m = 4; m < 32u; m <<= 1) sum += shuffle_xor(sum, m);
+    float sum = sum_across<4, 32>(a.sum[e]);
     if (lane < 4u) {
       sums[warp * N + head_of(e, lane)] = sum;
       if (warp == 0u) sums[8 * N + head_of(e, lane)] = a.top[e];
@@ -303,13 +307,8 @@ FUNC void merge_units(F gathered, F stats, F weights, P partial, P partial_stats
   uint unit = of * uint(kCluster) + rank, head = unit / uint(A::UNITS);
   bool known = of < mine;
   uint at = 2u * ((known ? head : 0u) * uint(kCluster) + from);
-  float top = stats[at], highest = top;
-  for (uint m = 1; m < 16u; m <<= 1) {
-    float other = shuffle_xor(highest, m);
-    highest = other > highest ? other : highest;
-  }
-  float share = exp2_fast(top - highest), sum = share * stats[at + 1u];
-  for (uint m = 1; m < 16u; m <<= 1) sum += shuffle_xor(sum, m);
+  float top = stats[at], highest = largest_across<1, 16>(top);
+  float share = exp2_fast(top - highest), sum = sum_across<1, 16>(share * stats[at + 1u]);
   if (known) weights[of * uint(kCluster) + from] = div_fast(share, sum);
   if (known && unit % uint(A::UNITS) == 0u && from == 0u) {
     partial_stats[head * stretches * 2u] = highest;
