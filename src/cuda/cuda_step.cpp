@@ -16,8 +16,8 @@ std::vector<mx::array> arrays_of(const std::vector<LayerCache>& caches) {
   return arrays;
 }
 
-std::vector<const void*> addresses_of(const std::vector<LayerCache>& caches) {
-  std::vector<const void*> addresses;
+std::vector<void*> addresses_of(const std::vector<LayerCache>& caches) {
+  std::vector<void*> addresses;
   for (const LayerCache& c : caches)
     addresses.insert(addresses.end(), {address(c.keys), address(c.values)});
   return addresses;
@@ -40,26 +40,29 @@ CudaStep::CudaStep(const Plan& plan, Accumulate accumulate)
 }
 CudaStep::~CudaStep() = default;
 
-// The graph of this many rows and stretches, recorded anew where a cache has moved.
-CudaStep::Recorded& CudaStep::recorded(int rows, int longest,
-                                       const std::vector<LayerCache>& caches) {
+// The graph of this many rows and stretches, on these caches.
+Replay& CudaStep::recorded(int rows, int longest, const std::vector<LayerCache>& caches) {
   const int splits = cache_splits(plan_.config, longest);
-  Recorded& r = recorded_[{rows, splits}];
-  auto addresses = addresses_of(caches);
-  if (r.replay && r.addresses == addresses) return r;
-  if (r.replay) wait();
-  r.replay = std::make_unique<Replay>(rows, metal::rope_of(plan_).dims);
-  const metal::WalkInputs inputs = {rows, caches, r.replay->tokens(), r.replay->places(),
-                                    r.replay->angles()};
-  const auto add = [&](const metal::Call& call) { return r.replay->add(call); };
+  std::unique_ptr<Replay>& found = recorded_[{rows, splits}];
+  if (found) {
+    if (auto addresses = addresses_of(caches); addresses != found->borrowed()) {
+      wait();
+      found->borrow(addresses);
+    }
+    return *found;
+  }
+  auto replay = std::make_unique<Replay>(rows, metal::rope_of(plan_).dims);
+  const metal::WalkInputs inputs = {rows, caches, replay->tokens(), replay->places(),
+                                    replay->angles()};
+  const auto add = [&](const metal::Call& call) { return replay->add(call); };
   const bool tensor = tensor_ && rows <= kTensorRows;
   const mx::array logits = tensor ? TensorWalk(plan_, accumulate_, constants_, routers_, inputs,
                                                add, multiprocessors(), splits)
                                         .walk()
                                   : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
-  r.replay->record(logits, arrays_of(caches));
-  r.addresses = std::move(addresses);
-  return r;
+  replay->record(logits, arrays_of(caches));
+  found = std::move(replay);
+  return *found;
 }
 
 mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
@@ -71,7 +74,7 @@ mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<Laye
   stream_ = s;
   int longest = 0;
   for (const StepRow& row : rows) longest = std::max(longest, row.slot - row.first);
-  Recorded& r = recorded(static_cast<int>(rows.size()), longest, caches);
+  Replay& replay = recorded(static_cast<int>(rows.size()), longest, caches);
   const auto ids = metal::tokens_of(rows);
   const auto places = metal::places_of(rows, caches[0].keys.shape(2));
   const auto angles = metal::angles_of(rows, metal::rope_of(plan_));
@@ -79,7 +82,7 @@ mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<Laye
   std::copy(ids.begin(), ids.end(), feed.tokens);
   std::copy(places.begin(), places.end(), feed.places);
   std::copy(angles.begin(), angles.end(), feed.angles);
-  return r.replay->run(feed, tokens);
+  return replay.run(feed, tokens);
 }
 
 void CudaStep::wait() {
@@ -88,10 +91,10 @@ void CudaStep::wait() {
 
 std::map<std::string, std::pair<int, double>> CudaStep::kernel_times(int rows) {
   const auto found = recorded_.lower_bound({rows, 0});
-  if (found == recorded_.end() || found->first.first != rows || !found->second.replay)
+  if (found == recorded_.end() || found->first.first != rows || !found->second)
     fail("step", "rows", "a step of as many rows before", std::to_string(rows));
   wait();
-  return found->second.replay->times();
+  return found->second->times();
 }
 
 }  // namespace moefuse::cuda

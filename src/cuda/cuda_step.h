@@ -37,20 +37,17 @@ class CudaStep {
   int64_t calls() const { return calls_; }
 
  private:
-  struct Recorded {
-    std::unique_ptr<Replay> replay;
-    std::vector<const void*> addresses;  // of the caches, as the graph has them
-  };
   // longest: positions before the newest in the longest row.
-  Recorded& recorded(int rows, int longest, const std::vector<LayerCache>& caches);
+  Replay& recorded(int rows, int longest, const std::vector<LayerCache>& caches);
 
   Plan plan_;
   Accumulate accumulate_;
   metal::Constants constants_;
   FoldedRouters routers_;
   bool tensor_;  // the walk of CUDA's own kernels takes the plan
-  std::map<std::pair<int, int>, Recorded> recorded_;  // by rows and stretches of the longest
-  std::optional<mx::Stream> stream_;                  // of the last step
+  // By rows and stretches of the longest.
+  std::map<std::pair<int, int>, std::unique_ptr<Replay>> recorded_;
+  std::optional<mx::Stream> stream_;  // of the last step
   int64_t calls_ = 0;
 };
 

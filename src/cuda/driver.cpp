@@ -28,6 +28,10 @@ struct LaunchConfig {
   LaunchAttribute* attributes;
   unsigned attribute_count;
 };
+struct UpdateResult {  // CUgraphExecUpdateResultInfo
+  int result;
+  void *node, *from;
+};
 constexpr int kProgrammaticStreamSerialization = 6;
 constexpr int kThreadLocalCapture = 1;
 constexpr unsigned kNonBlocking = 1;
@@ -68,6 +72,7 @@ struct Driver {
   ENTRY(begin, "cuStreamBeginCapture_v2", Stream, int);
   ENTRY(end, "cuStreamEndCapture", Stream, GraphHandle*);
   ENTRY(instantiate, "cuGraphInstantiateWithFlags", Executable*, GraphHandle, unsigned long long);
+  ENTRY(update, "cuGraphExecUpdate_v2", Executable, GraphHandle, UpdateResult*);
   ENTRY(graph_launch, "cuGraphLaunch", Executable, Stream);
   ENTRY(graph_destroy, "cuGraphDestroy", GraphHandle);
   ENTRY(executable_destroy, "cuGraphExecDestroy", Executable);
@@ -218,13 +223,17 @@ void begin_capture(Stream stream) {
   check(driver().begin(stream, kThreadLocalCapture), "capture");
 }
 
-Executable end_capture(Stream stream) {
+Executable end_capture(Stream stream, Executable old) {
   GraphHandle graph = nullptr;
-  Executable executable = nullptr;
+  UpdateResult why;
   check(driver().end(stream, &graph), "capture");
-  check(driver().instantiate(&executable, graph, 0), "graph");
+  if (old && driver().update(old, graph, &why) != 0) {
+    destroy(old);
+    old = nullptr;
+  }
+  if (!old) check(driver().instantiate(&old, graph, 0), "graph");
   check(driver().graph_destroy(graph), "graph");
-  return executable;
+  return old;
 }
 
 void launch(Executable graph, Stream stream) {

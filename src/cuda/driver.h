@@ -43,9 +43,10 @@ void launch(Function f, const Shape& shape, void** arguments, Stream stream, boo
             const std::string& name);
 Stream make_stream();
 void synchronize(Stream stream);
-// Everything launched on the stream between begin and end becomes a graph.
+// Everything launched on the stream between begin and end becomes a graph: `old` with other
+// arguments where it has the same kernels, else a new one in its stead.
 void begin_capture(Stream stream);
-Executable end_capture(Stream stream);
+Executable end_capture(Stream stream, Executable old);
 void launch(Executable graph, Stream stream);
 void destroy(Executable graph);
 

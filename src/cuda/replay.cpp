@@ -7,6 +7,7 @@
 #include <mutex>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "metal/kernel_table.h"
 #include "mlx/backend/cuda/cuda.h"
@@ -294,22 +295,27 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
   mx::synchronize(mx::default_stream(mx::Device::gpu));
   compile_missing(texts);
   feed_ = functions().at(kFeedText);
-  std::set<std::uintptr_t> not_ours;
-  for (const mx::array& a : borrowed) not_ours.insert(a.id());
-  for (Node& node : nodes_) {
+  std::map<std::uintptr_t, size_t> not_ours;
+  for (const mx::array& a : borrowed) {
+    not_ours[a.id()] = addresses_.size();
+    addresses_.push_back(address(a));
+  }
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    Node& node = nodes_[n];
     node.function = functions().at(key_of(node.call));
     if (node.call.kernel->cluster > 1) allow_clusters(node.function, node.call.kernel->name);
     if (node.call.shared_bytes > 0)
       allow_shared(node.function, node.call.shared_bytes, node.call.kernel->name);
     for (const auto* arrays : {&node.call.inputs, &node.outputs})
-      for (const mx::array& a : *arrays) node.arguments.push_back(address(a));
+      for (const mx::array& a : *arrays) {
+        const auto found = not_ours.find(a.id());
+        if (found != not_ours.end()) uses_.push_back({n, node.arguments.size(), found->second});
+        node.arguments.push_back(address(a));
+      }
     std::erase_if(node.call.inputs, [&](const mx::array& a) { return not_ours.count(a.id()) > 0; });
   }
   split_memory();
-  static const Stream recorder = make_stream();
-  begin_capture(recorder);
-  for (Node& node : nodes_) launch_node(node, recorder);
-  graph_ = end_capture(recorder);
+  capture();
 
   result_ = result;
   auto copy = mx::fast::cuda_kernel(
@@ -320,6 +326,21 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
       copy({result}, {result.shape()}, {result.dtype()}, {(size + 255) / 256 * 256, 1, 1},
            {256, 1, 1}, {{"N", size}}, std::nullopt, false, mx::default_stream(mx::Device::gpu))[0]
           .primitive_ptr();
+}
+
+void Replay::capture() {
+  static const Stream recorder = make_stream();
+  begin_capture(recorder);
+  for (Node& node : nodes_) launch_node(node, recorder);
+  graph_ = end_capture(recorder, std::exchange(graph_, nullptr));
+}
+
+void Replay::borrow(const std::vector<void*>& addresses) {
+  make_current();
+  for (const Use& use : uses_) nodes_[use.node].arguments[use.argument] = addresses[use.array];
+  addresses_.clear();  // of a graph that could not be captured nothing is left
+  capture();
+  addresses_ = addresses;
 }
 
 void Replay::enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream) {
@@ -362,7 +383,7 @@ std::map<std::string, std::pair<int, double>> Replay::times() {
           launch_node(node, stream);
           ++calls;
         }
-    const Executable graph = end_capture(stream);
+    const Executable graph = end_capture(stream, nullptr);
     double best = 1e9;
     for (int round = 0; round < 6; ++round) {
       synchronize(stream);

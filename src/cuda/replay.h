@@ -48,8 +48,13 @@ class Replay {
   // Notes a call. Its outputs live as long as the replay, in device memory.
   std::vector<mx::array> add(const metal::Call& call);
   // Compiles and captures. `result` is what run() returns a copy of; of `borrowed` (the caches) no
-  // reference is kept: they have to live and stay in place until another replay takes over.
+  // reference is kept: they have to live and stay in place while the graph is used on them.
   void record(const mx::array& result, const std::vector<mx::array>& borrowed);
+  // Where the borrowed arrays lie for the graph, and others of their dtypes in their stead, as each
+  // generation brings its own: half a millisecond, where recording anew takes 22. Nothing that was
+  // launched may still run.
+  const std::vector<void*>& borrowed() const { return addresses_; }
+  void borrow(const std::vector<void*>& addresses);
 
   // Enqueued on MLX's default GPU stream, not waited for. tokens: on the device, [rows] uint32, in
   // the place of the feed's.
@@ -66,10 +71,14 @@ class Replay {
     Function function = nullptr;
     std::vector<void*> arguments;
   };
+  struct Use {
+    size_t node, argument, array;
+  };
   static int shared_bytes(const Node& node, int blocks);
   int common_shared_bytes();
   void split_memory();
   void launch_node(Node& node, Stream stream);
+  void capture();
   void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream);
 
   int rows_, width_;
@@ -77,6 +86,8 @@ class Replay {
   mx::array tokens_, places_, angles_;
   std::optional<mx::array> result_;
   std::vector<Node> nodes_;
+  std::vector<void*> addresses_;  // of the borrowed arrays
+  std::vector<Use> uses_;         // of them by the nodes
   Function feed_ = nullptr;
   Executable graph_ = nullptr;
   std::shared_ptr<mx::Primitive> copy_;
