@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <set>
 #include <sstream>
 #include <string>
@@ -317,12 +318,18 @@ void time_tokens(const Options& o, RandomModel& m, int context, int rows) {
   moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
   auto caches = caches_of(decoder, rows, context + 32 + 2 * o.tokens + 256, mx::Device::gpu);
   int slot = context;
-  mx::array token = mx::full({rows}, 5, mx::uint32);
+  // Several rows would say the same from the same token on, and have the same experts: theirs are
+  // drawn.
+  std::mt19937 draw(0);
+  const auto next_token = [&] { return uint32_t(draw() % 150000); };
+  mx::array token = mx::full({1}, 5, mx::uint32);
   const auto run = [&](int count) {
     for (int i = 0; i < count; ++i, ++slot) {
       std::vector<moefuse::StepRow> list;
-      for (int r = 0; r < rows; ++r) list.push_back({0, r, slot, 0, slot});
-      token = mx::argmax(decoder.step(list, caches, token), -1);
+      for (int r = 0; r < rows; ++r) list.push_back({next_token(), r, slot, 0, slot});
+      const mx::array logits =
+          rows > 1 ? decoder.step(list, caches) : decoder.step(list, caches, token);
+      token = mx::argmax(logits, -1);
       mx::async_eval(token);
     }
     token.eval();
