@@ -373,16 +373,17 @@ void TensorWalk::run(const ExpertsGateUp& s) {
     tiles = tiles_at_once(tile_count, slots * rows, 3,
                           most_tiles(s.gate.cols, kWarps, 1, 2, kMostTiles));
   // Pieces of a warp on their way, and blocks that a multiprocessor has registers for. Of one tile
-  // for one row two pieces do, and three blocks: with registers for four a weight's scale is put
-  // aside in memory, which waits for it before the last weights are asked for. Of several rows as
-  // many blocks as there are, with a third piece where two blocks leave registers for it.
-  int depth = 4, blocks = std::max(resident, 2);
-  if (rows > 1)
-    blocks = std::clamp(
-        metal::blocks(metal::blocks(tile_count, tiles) * slots * rows, multiprocessors_), 2, 3);
-  else if (tiles == 1)
-    blocks = 3;
-  if (rows > 1 || tiles == 1) depth = blocks == 3 ? 2 : 3;
+  // for one row, or of several rows, two pieces do. One row's one tile: three blocks; with
+  // registers for four a weight's scale is put aside in memory, which waits for it before the last
+  // weights are asked for. Several rows: as many blocks as there are.
+  const int count = metal::blocks(tile_count, tiles) * slots * rows;
+  int depth = 2, blocks = 3;
+  if (rows > 1) {
+    blocks = std::clamp(metal::blocks(count, multiprocessors_), 2, 3);
+  } else if (tiles > 1) {
+    depth = 4;
+    blocks = std::max(resident, 2);
+  }
   inner = output("grid_gate_up", inputs,
                  {dtype, tiles, depth, r.experts, r.top_k, s.gate.cols, s.gate.rows,
                   r.options.scoring == Scoring::softmax, shared},

@@ -400,7 +400,7 @@ template <int Tiles, int Warps, int Depth>
 struct Moe {
   using T = bfloat16_t;
   static constexpr int TILES = Tiles, WARPS = Warps, DEPTH = Depth, E = 5, K = 4, D = 128, I = 576;
-  static constexpr int H = 128, COMBINE = 1;
+  static constexpr int H = 320, COMBINE = 1;
   static constexpr bool NORM = true, SOFTMAX = true, SHARED = true;
 };
 
@@ -496,6 +496,7 @@ TEST(GridKernels, TilesAndDepthDoNotChangeABit) {
   const auto gate_up = run.run_gate_up<1, 4>();
   expect_same_bits(gate_up, (run.run_gate_up<4, 2>()), "gate and up, four tiles ");
   expect_same_bits(gate_up, (run.run_gate_up<8, 2>()), "gate and up, eight tiles ");
+  expect_same_bits(gate_up, (run.run_gate_up<8, 3>()), "gate and up, an odd number of pieces ");
 }
 
 // ---- the routers ----
