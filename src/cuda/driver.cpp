@@ -1,13 +1,9 @@
 #include "cuda/driver.h"
 
-#include <dlfcn.h>
-
-#include <cstdlib>
-#include <filesystem>
-#include <memory>
 #include <stdexcept>
 
-#include "mlx/backend/cuda/cuda.h"
+#include "cuda/compiler.h"
+#include "cuda/library.h"
 
 namespace moefuse::cuda {
 
@@ -41,84 +37,32 @@ constexpr int kStaticShared = 1;      // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 constexpr int kCarveout = 9;          // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 constexpr int kLargeClusters = 14;    // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
-void* library(std::initializer_list<const char*> names) {
-  for (const char* name : names)
-    if (void* handle = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return handle;
-  throw std::runtime_error(std::string("[cuda] ") + *names.begin() + ": not found");
-}
-
-template <class F>
-F symbol(void* handle, const char* name) {
-  void* found = dlsym(handle, name);
-  if (!found) throw std::runtime_error(std::string("[cuda] ") + name + ": not in the library");
-  return reinterpret_cast<F>(found);
-}
-
 struct Driver {
   void* handle = library({"libcuda.so.1"});
-#define ENTRY(name, symbol_name, ...) \
-  int (*name)(__VA_ARGS__) = symbol<int (*)(__VA_ARGS__)>(handle, symbol_name)
-  ENTRY(error_string, "cuGetErrorString", int, const char**);
-  ENTRY(retain_context, "cuDevicePrimaryCtxRetain", void**, int);
-  ENTRY(set_context, "cuCtxSetCurrent", void*);
-  ENTRY(attribute, "cuDeviceGetAttribute", int*, int, int);
-  ENTRY(load, "cuModuleLoadData", void**, const void*);
-  ENTRY(function, "cuModuleGetFunction", Function*, void*, const char*);
-  ENTRY(set_function, "cuFuncSetAttribute", Function, int, int);
-  ENTRY(get_function, "cuFuncGetAttribute", int*, int, Function);
-  ENTRY(launch, "cuLaunchKernelEx", const LaunchConfig*, Function, void**, void**);
-  ENTRY(stream_create, "cuStreamCreate", Stream*, unsigned);
-  ENTRY(stream_synchronize, "cuStreamSynchronize", Stream);
-  ENTRY(begin, "cuStreamBeginCapture_v2", Stream, int);
-  ENTRY(end, "cuStreamEndCapture", Stream, GraphHandle*);
-  ENTRY(instantiate, "cuGraphInstantiateWithFlags", Executable*, GraphHandle, unsigned long long);
-  ENTRY(update, "cuGraphExecUpdate_v2", Executable, GraphHandle, UpdateResult*);
-  ENTRY(graph_launch, "cuGraphLaunch", Executable, Stream);
-  ENTRY(graph_destroy, "cuGraphDestroy", GraphHandle);
-  ENTRY(executable_destroy, "cuGraphExecDestroy", Executable);
+  MOEFUSE_ENTRY(error_string, "cuGetErrorString", int, const char**);
+  MOEFUSE_ENTRY(retain_context, "cuDevicePrimaryCtxRetain", void**, int);
+  MOEFUSE_ENTRY(set_context, "cuCtxSetCurrent", void*);
+  MOEFUSE_ENTRY(attribute, "cuDeviceGetAttribute", int*, int, int);
+  MOEFUSE_ENTRY(load, "cuModuleLoadData", void**, const void*);
+  MOEFUSE_ENTRY(function, "cuModuleGetFunction", Function*, void*, const char*);
+  MOEFUSE_ENTRY(set_function, "cuFuncSetAttribute", Function, int, int);
+  MOEFUSE_ENTRY(get_function, "cuFuncGetAttribute", int*, int, Function);
+  MOEFUSE_ENTRY(launch, "cuLaunchKernelEx", const LaunchConfig*, Function, void**, void**);
+  MOEFUSE_ENTRY(stream_create, "cuStreamCreate", Stream*, unsigned);
+  MOEFUSE_ENTRY(stream_synchronize, "cuStreamSynchronize", Stream);
+  MOEFUSE_ENTRY(begin, "cuStreamBeginCapture_v2", Stream, int);
+  MOEFUSE_ENTRY(end, "cuStreamEndCapture", Stream, GraphHandle*);
+  MOEFUSE_ENTRY(instantiate, "cuGraphInstantiateWithFlags", Executable*, GraphHandle,
+                unsigned long long);
+  MOEFUSE_ENTRY(update, "cuGraphExecUpdate_v2", Executable, GraphHandle, UpdateResult*);
+  MOEFUSE_ENTRY(graph_launch, "cuGraphLaunch", Executable, Stream);
+  MOEFUSE_ENTRY(graph_destroy, "cuGraphDestroy", GraphHandle);
+  MOEFUSE_ENTRY(executable_destroy, "cuGraphExecDestroy", Executable);
 };
-
-struct Compiler {
-  void* handle = library({"libnvrtc.so.13", "libnvrtc.so.12"});
-  ENTRY(create, "nvrtcCreateProgram", void**, const char*, const char*, int, const char* const*,
-        const char* const*);
-  ENTRY(compile, "nvrtcCompileProgram", void*, int, const char* const*);
-  ENTRY(destroy, "nvrtcDestroyProgram", void**);
-  ENTRY(log_size, "nvrtcGetProgramLogSize", void*, size_t*);
-  ENTRY(log, "nvrtcGetProgramLog", void*, char*);
-  ENTRY(code_size, "nvrtcGetCUBINSize", void*, size_t*);
-  ENTRY(code, "nvrtcGetCUBIN", void*, char*);
-};
-#undef ENTRY
 
 const Driver& driver() {
   static const Driver found;
   return found;
-}
-
-// Where cuda_bf16.h is: beside MLX's wheel, as MLX itself looks for it, or in a toolkit.
-std::string include_path() {
-  namespace fs = std::filesystem;
-  Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(&mlx::core::cu::is_available), &info)) {
-    const fs::path packages = fs::path(info.dli_fname).parent_path().parent_path().parent_path();
-    for (const char* folder : {"cu13", "cuda_runtime"}) {
-      const fs::path path = packages / "nvidia" / folder / "include";
-      if (fs::exists(path / "cuda_bf16.h")) return path.string();
-    }
-  }
-  for (const char* name : {"CUDA_HOME", "CUDA_PATH"})
-    if (const char* home = std::getenv(name)) return std::string(home) + "/include";
-  return "/usr/local/cuda/include";
-}
-
-void check_compiler(const Compiler& c, int status, void* program) {
-  if (status == 0) return;
-  size_t size = 0;
-  c.log_size(program, &size);
-  std::string log(size, ' ');
-  c.log(program, log.data());
-  throw std::runtime_error("[cuda compile] " + log);
 }
 
 }  // namespace
@@ -174,19 +118,7 @@ void allow_clusters(Function f, const std::string& name) {
 }
 
 std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names) {
-  static const Compiler c;
-  void* program = nullptr;
-  check_compiler(c, c.create(&program, source.c_str(), "moefuse.cu", 0, nullptr, nullptr), program);
-  const std::string arch =
-      "--gpu-architecture=sm_" + std::to_string(capability()) + (capability() >= 90 ? "a" : "");
-  const std::string include = "--include-path=" + include_path();
-  const char* options[] = {arch.c_str(), include.c_str(), "--std=c++17"};
-  check_compiler(c, c.compile(program, 3, options), program);
-  size_t size = 0;
-  check_compiler(c, c.code_size(program, &size), program);
-  std::string code(size, ' ');
-  check_compiler(c, c.code(program, code.data()), program);
-  c.destroy(&program);
+  const std::string code = machine_code(source, capability());
   void* module = nullptr;
   check(driver().load(&module, code.data()), "load");
   std::vector<Function> functions;

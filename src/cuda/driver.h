@@ -1,6 +1,4 @@
-// What the step's graph needs of the CUDA driver and of NVRTC, both found at run time in the
-// process that MLX's CUDA wheel has loaded them into: neither a toolkit nor its headers are needed
-// to build.
+// What the step's graph needs of the CUDA driver, found at run time.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +34,7 @@ int static_shared(Function f, const std::string& name);
 void prefer_shared(Function f, int percent, const std::string& name);
 // Lets `f` have clusters of more than eight blocks.
 void allow_clusters(Function f, const std::string& name);
-// The kernels `names` (extern "C") of one source, compiled for this device by NVRTC.
+// The kernels `names` (extern "C") of one source, compiled for this device: cuda/compiler.h.
 std::vector<Function> compile(const std::string& source, const std::vector<std::string>& names);
 // overlap: the kernel may start before the one in front of it ends; it waits for that itself.
 void launch(Function f, const Shape& shape, void** arguments, Stream stream, bool overlap,
