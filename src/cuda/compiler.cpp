@@ -116,7 +116,7 @@ std::string machine_code(const std::string& source, int capability) {
   key += source;
   const CodeFiles files(code_folder());
   if (auto found = files.find(key)) return *found;
-  const std::string code = compiled(source, options);
+  std::string code = compiled(source, options);
   files.keep(key, code);
   return code;
 }
@@ -159,12 +159,13 @@ void CodeFiles::keep(const std::string& key, const std::string& code) const {
   remove_oldest();
 }
 
+// Drafts too, whose writer was stopped.
 void CodeFiles::remove_oldest() const {
   std::error_code failed;
   std::vector<std::pair<fs::file_time_type, fs::path>> files;
-  for (const auto& entry : fs::directory_iterator(folder_, failed))
-    if (entry.path().extension() == ".code")
-      files.emplace_back(entry.last_write_time(failed), entry.path());
+  for (fs::directory_iterator at(folder_, failed), end; !failed && at != end; at.increment(failed))
+    if (at->path().filename().string().find(".code") != std::string::npos)
+      files.emplace_back(at->last_write_time(failed), at->path());
   std::sort(files.begin(), files.end());
   for (size_t i = 0; i + kMost < files.size(); ++i) fs::remove(files[i].second, failed);
 }

@@ -117,6 +117,8 @@ TEST_F(Compiler, TheLeastRecentlyUsedMakeRoom) {
     for (const fs::path& path : files())
       fs::last_write_time(path, fs::last_write_time(path) - std::chrono::hours(hours));
   };
+  write(folder_ / "0123456789abcdef.code.12.0", "a draft whose writer was stopped");
+  age(1);
   for (int i = 0; i < CodeFiles::kMost; ++i) {
     kept.keep(std::to_string(i), code(i));
     age(1);
