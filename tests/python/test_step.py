@@ -25,7 +25,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from moefuse import _core
+from moefuse import _core, step
 from patch_support import DTYPES, FAMILIES, bits, decode, prompt, same_bits, same_decode, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -344,6 +344,29 @@ def test_one_shared_array_of_a_long_cache_is_replaced_by_one_as_long(stepping):
     assert same_bits(model(mx.array([[1]]), cache=cache), want)
     assert {a.shape[2] for c in cache for a in (c.keys, c.values)} == {900}
     assert not (bits(kept) == bits(cache[-1].values)).all()  # the token went elsewhere
+
+
+def test_caches_that_grow_lie_twice_in_memory_for_a_lot_at_a_time(monkeypatch):
+    shape, layers = (1, 4, 2048, 64), 16  # a megabyte an array
+    caches = [KVCache() for _ in range(layers)]
+    for c in caches:
+        c.update_and_fetch(mx.random.normal(shape), mx.random.normal(shape))
+        mx.eval(c.keys, c.values)
+    before = [(bits(c.keys), bits(c.values)) for c in caches]
+    array = caches[0].keys.nbytes
+    monkeypatch.setattr(step, "GROWN_AT_ONCE", 3 * array)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    step._make_room(caches, 1, (4, 64, 64), mx.float32)
+    mx.eval([(c.keys, c.values) for c in caches])  # all of it is done, or all is done here at once
+    length = caches[0].keys.shape[2]
+    assert length == 2048 + step.GROWTH
+    grown = 2 * layers * array * length / 2048
+    assert mx.get_peak_memory() - grown < 6 * array  # the lot, and the array that made it full
+    for c, (keys, values) in zip(caches, before, strict=True):
+        for now, then in ((c.keys, keys), (c.values, values)):
+            assert (bits(now)[..., :2048, :] == then).all()
+            assert not bits(now)[..., 2048:, :].any()
 
 
 def test_rotating_and_quantised_caches_and_prompts_fall_back(stepping):
