@@ -165,7 +165,8 @@ def _make_room(caches, rows: int, shape: tuple[int, int, int], dtype) -> None:
         if sum(a.nbytes for a in grown) > GROWN_AT_ONCE:
             mx.eval(grown)
             grown.clear()
-    mx.eval(grown)
+    if grown:  # hardly a token needs room
+        mx.eval(grown)
 
 
 def _rows(tokens: list[int], cache) -> list[tuple[int, int, int, int, int]]:

@@ -5,10 +5,11 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -113,15 +114,15 @@ TEST_F(Compiler, AFolderThatCannotBeIsNoError) {
 
 TEST_F(Compiler, TheLeastRecentlyUsedMakeRoom) {
   const CodeFiles kept(folder_);
-  const auto age = [&](int hours) {  // of every file so far
+  const auto age = [&] {  // every file so far, by an hour
     for (const fs::path& path : files())
-      fs::last_write_time(path, fs::last_write_time(path) - std::chrono::hours(hours));
+      fs::last_write_time(path, fs::last_write_time(path) - std::chrono::hours(1));
   };
   write(folder_ / "0123456789abcdef.code.12.0", "a draft whose writer was stopped");
-  age(1);
+  age();
   for (int i = 0; i < CodeFiles::kMost; ++i) {
     kept.keep(std::to_string(i), code(i));
-    age(1);
+    age();
   }
   write(folder_ / "somebody's.txt", "not ours");
   EXPECT_EQ(kept.find("0"), code(0));  // used again: "1" is the oldest now
