@@ -11,8 +11,8 @@ namespace moefuse::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = 8;
-// As in kernels/attend.h, attend_latent.h and stretches.h.
-constexpr int kBatch = 80, kStage = 64, kStretch = 2048;
+// As in kernels/attend_latent.h and stretches.h.
+constexpr int kStage = 64, kStretch = 2048;
 // Stretches at most: an H200 runs seven clusters of blocks at once that fill a multiprocessor, as
 // latent attention's do, and 14 of four KV heads' if two fit on one.
 constexpr int kSplits = 3, kLatentSplits = 7;
@@ -51,10 +51,6 @@ int most_tiles(int columns, int warps, int rows, int products, int most) {
   return most;
 }
 
-// Of grouped attention: a batch of positions, keys and values.
-int grouped_shared_bytes(int dim) {
-  return kBatch * 2 * (dim + 8) * 2;
-}
 // Of latent attention: two stages of positions, so many heads' queries and probabilities, in tiles
 // of 64 dimensions.
 int latent_shared_bytes(int heads, int latent, int rope) {
@@ -283,13 +279,17 @@ void TensorWalk::run(const GroupedProjection& s) {
 
 void TensorWalk::run(const GroupedAttention& s) {
   const LayerCache& cache = caches[layer];
+  // A multiprocessor has registers for 16 warps: two blocks where their clusters run at once, else
+  // four smaller ones.
+  const int at_once = 2 * (multiprocessors_ / metal::kCluster - 1);
+  const int warps = splits_ * s.kv_heads * rows <= at_once ? 8 : 4;
   auto out = outputs("cluster_attention_gqa",
                      {projected, s.q_norm.weight, s.k_norm.weight, constant(s.q_norm.eps),
                       constant(s.scale), angles, places, cache.keys, cache.values},
-                     {dtype, s.heads, s.kv_heads, s.head_dim, most_splits_},
+                     {dtype, warps, s.heads, s.kv_heads, s.head_dim, most_splits_},
                      {{rows, s.heads, most_splits_, s.head_dim}, {rows, s.heads, most_splits_, 2}},
                      {mx::float32, mx::float32}, {metal::kCluster * splits_, s.kv_heads, rows},
-                     kThreads, grouped_shared_bytes(s.head_dim), 2);
+                     32 * warps, 0, 16 / warps);
   partial = out[0];
   stats = out[1];
   grouped = &s;

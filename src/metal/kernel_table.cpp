@@ -96,7 +96,8 @@ std::string cuda_header() {
   return std::string(text::dialect_cuda_h) + text::lanes_h + text::norm_h + text::attention_h +
          text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h +
          text::tensor_dialect_h + text::grid_h + text::route_h + text::select_h +
-         text::stretches_h + text::attend_h + text::warpgroup_h + text::attend_latent_h;
+         text::stretches_h + text::attend_h + text::attend_grouped_h + text::warpgroup_h +
+         text::attend_latent_h;
 }
 
 std::vector<std::string> kernel_names() {

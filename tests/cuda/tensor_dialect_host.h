@@ -14,12 +14,12 @@ template <int N>
 struct Integers {
   int v[N];
 };
+inline Words<4> no_words() {
+  return {};
+}
 template <typename T>
 T load_one(const emulator::Pointer<const T>& p, emulator::At at) {
   return p[at];
-}
-inline Words<4> load_stream(const emulator::Pointer<const uint>& p, emulator::At at) {
-  return load_words<4>(p, at);
 }
 template <typename T>
 Floats<8> load_fresh(const emulator::Pointer<const T>& p, emulator::At at) {
@@ -77,6 +77,10 @@ Words<4> load_line(const emulator::Pointer<const T>& p, emulator::Where where) {
   return w;
 }
 template <typename T>
+Words<4> load_stream(const emulator::Pointer<const T>& p, emulator::At at) {
+  return load_line(p + at.index, at.where);
+}
+template <typename T>
 void copy_async(const emulator::Shared<T>& to, const emulator::Pointer<const T>& from,
                 emulator::Where where = {}) {
   to.block().on_write(to.line(where), 16, false, true);
@@ -91,10 +95,13 @@ void wait_for_copies() {
   emulator::wait_for_copies(N);
 }
 
-inline Words<4> load_shared(const emulator::Shared<uint>& p, emulator::At at) {
-  Words<4> w;
-  for (int i = 0; i < 4; ++i) w.w[i] = p[emulator::At(at.index + i, at.where.file, at.where.line)];
-  return w;
+template <typename T>
+Words<4> load_shared(const emulator::Shared<T>& p, emulator::At at) {
+  return load_line(p + at.index, false, at.where);
+}
+inline void store_four(const emulator::Shared<float>& to, const Floats<4>& v,
+                       emulator::Where where = {}) {
+  store_line(to, v.v, where);
 }
 
 inline uint lane_max(uint v, emulator::Where where = {}) {
@@ -204,6 +211,14 @@ Words<4> load_turned(const emulator::Shared<T>& p, emulator::Where where = {}) {
 template <typename T>
 uint two_halves(float a, float b) {
   return std::bit_cast<uint16_t>(T(a)) | uint(std::bit_cast<uint16_t>(T(b))) << 16;
+}
+inline uint transposed(uint halves, emulator::Where where = {}) {
+  const uint own = emulator::lane(), column = own / 4, first = own % 4 * 2;
+  const auto lanes = emulator::exchange(&halves, 1, where);
+  const auto element = [&](uint row) {
+    return lanes[4 * row + column / 2][0] >> column % 2 * 16 & 65535u;
+  };
+  return element(first) | element(first + 1) << 16;
 }
 template <typename T>
 void store_turned(const emulator::Shared<T>& p, const Words<4>& w, emulator::Where where = {}) {

@@ -15,6 +15,7 @@
 #include "callables.h"
 // The texts above come first.
 #include "attend.h"
+#include "attend_grouped.h"
 #include "attend_latent.h"
 #include "grid.h"
 #include "route.h"

@@ -60,7 +60,7 @@ struct Attention {
 struct Way {
   size_t chains, batch;
 };
-constexpr Way kGrouped = {4, kBatch}, kLatent = {2, 2 * kStage};
+constexpr Way kGrouped = {2, kStep}, kLatent = {2, 2 * kStage};
 
 // Every rounding is taken as 2^-23, twice of rounding to nearest: tensor cores cut off. A score is
 // the sum of some chains of its products, 16 at a time in turn, each of which is in its own sum of
@@ -243,9 +243,10 @@ struct Rows {
   }
 };
 
-template <typename Type, int Heads, int KvHeads, int Dim, int Splits>
+template <typename Type, int Warps, int Heads, int KvHeads, int Dim, int Splits>
 struct Grouped {
   using T = Type;
+  static constexpr int WARPS = Warps;
   static constexpr int HEADS = Heads, KV_HEADS = KvHeads, D = Dim, SPLITS = Splits;
 };
 
@@ -297,7 +298,7 @@ struct GroupedRun : Rows<typename P::T> {
     check_sizes(kernel,
                 {.rows = kRows, .capacity = this->capacity, .batches = 0, .sequences = kSequences});
     emulator::dispatch(
-        {16 * P::SPLITS, P::KV_HEADS, kRows}, 256, order, [&] { kernel(); }, 16);
+        {16 * P::SPLITS, P::KV_HEADS, kRows}, 32 * P::WARPS, order, [&] { kernel(); }, 16);
     expect_bits(keys.values(), k_after, "k_cache");
     expect_bits(values.values(), v_after, "v_cache");
     return std::tuple(partial, stats);
@@ -424,7 +425,9 @@ constexpr uint each(uint positions) {
 template <typename Run>
 class Attending : public testing::Test {};
 using Runs = testing::Types<
-    GroupedRun<Grouped<bfloat16_t, 4, 2, 64, 2>>, GroupedRun<Grouped<float16_t, 8, 1, 128, 1>>,
+    GroupedRun<Grouped<bfloat16_t, 8, 4, 2, 64, 2>>,
+    GroupedRun<Grouped<float16_t, 8, 8, 1, 128, 1>>,
+    GroupedRun<Grouped<bfloat16_t, 4, 6, 2, 96, 1>>, GroupedRun<Grouped<float16_t, 4, 7, 1, 32, 3>>,
     LatentRun<Latent<bfloat16_t, 8, 4, 32, 1>>, LatentRun<Latent<float16_t, 24, 20, 64, 3>>,
     LatentRun<Latent<bfloat16_t, 8, 12, 32, 1>>, LatentRun<Latent<bfloat16_t, 8, 4, 32, 1, 512>>>;
 TYPED_TEST_SUITE(Attending, Runs);
@@ -447,6 +450,23 @@ TYPED_TEST(Attending, Batches) {
 // Two stretches, or three batches where there is one.
 TYPED_TEST(Attending, Long) {
   expect_inside<TypeParam>(each(2 * TypeParam::kWay.batch + 3), 2048);
+}
+
+// Rows beside a row may choose how many warps its blocks have.
+TEST(GroupedAttention, FewerWarpsHaveTheBitsOfMore) {
+  using Eight = GroupedRun<Grouped<bfloat16_t, 8, 16, 2, 128, 2>>;
+  using Four = GroupedRun<Grouped<bfloat16_t, 4, 16, 2, 128, 2>>;
+  for (const uint other : {each(16), each(64), each(65), each(203)}) {
+    Eight eight(each(80), other);
+    Four four(each(80), other);
+    static_cast<Rows<bfloat16_t>&>(four) = eight;
+    four.qkv = eight.qkv, four.q_norm = eight.q_norm, four.k_norm = eight.k_norm;
+    four.rope = eight.rope, four.k_cache = eight.k_cache, four.v_cache = eight.v_cache;
+    four.k_after = eight.k_after, four.v_after = eight.v_after;
+    const Output a = output_of(four), b = output_of(eight);
+    expect_same_bytes(a.partial, b.partial);
+    expect_same_bytes(a.stats, b.stats);
+  }
 }
 
 // Rows beside a row may choose how many of its heads a block takes.

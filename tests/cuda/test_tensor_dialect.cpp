@@ -91,6 +91,20 @@ TEST(TensorDialect, MultipliesTiles) {
     }
 }
 
+// Lane 4 g + t has columns 2 t and 2 t + 1 of row g, before and after.
+TEST(TensorDialect, TransposesATile) {
+  std::vector<uint> words(32);
+  for (uint i = 0; i < 32; ++i) words[i] = 2 * i | (2 * i + 1) << 16;
+  Buffer<uint> in(words);
+  auto out = Buffer<uint>::output(32);
+  const Pointer<const uint> x(in);
+  const Pointer<uint> y(out);
+  emulator::dispatch({1, 1, 1}, 32, Order::forward, [=] { y[lane_id] = transposed(x[lane_id]); });
+  for (uint row = 0; row < 8; ++row)
+    for (uint t = 0; t < 4; ++t)
+      EXPECT_EQ(out.values()[4 * row + t], (16 * t + row) | (16 * t + 8 + row) << 16);
+}
+
 // Element (row, column) of a tile of a warpgroup's products: its 16 bytes change places.
 uint in_tile(uint row, uint column) {
   return row * 64 + ((column / 8 ^ row % 8) * 8 + column % 8);

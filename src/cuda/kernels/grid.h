@@ -31,11 +31,6 @@ struct Sharing {
   }
 };
 
-FUNC Words<4> no_words() {
-  Words<4> zero = {{0u, 0u, 0u, 0u}};
-  return zero;
-}
-
 // One lane's part of a tile of 16 rows and 256 columns. Lane 4 g + t holds rows g and g + 8; of
 // both, half of each of two groups, and the scales of the groups that come out at it.
 template <typename T, int EACH>

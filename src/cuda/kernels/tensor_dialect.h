@@ -37,8 +37,13 @@ FUNC T load_one(const T* p, uint at) {
   return *reinterpret_cast<T*>(&bits);
 }
 
-// Four words that nobody reads again soon.
-FUNC Words<4> load_stream(const uint* p, uint at) {
+FUNC Words<4> no_words() {
+  Words<4> zero = {{0u, 0u, 0u, 0u}};
+  return zero;
+}
+// 16 bytes that nobody reads again soon.
+template <typename T>
+FUNC Words<4> load_stream(const T* p, uint at) {
   Words<4> w;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])
@@ -76,6 +81,9 @@ FUNC float* as_floats(T* p) {
 template <typename T>
 FUNC void store_zeros(T* to) {
   *reinterpret_cast<Words<4>*>(to) = {{0u, 0u, 0u, 0u}};
+}
+FUNC void store_four(float* to, const Floats<4>& v) {
+  *reinterpret_cast<float4*>(to) = {v.v[0], v.v[1], v.v[2], v.v[3]};
 }
 // 16 bytes to it, in the background: wait_for_copies<N>() ends when all of the thread's own have
 // but those of the last N commits.
@@ -127,7 +135,8 @@ FUNC Floats<8> load_fresh(const float* p, uint at) {
   return f;
 }
 
-FUNC Words<4> load_shared(const uint* p, uint at) {
+template <typename T>
+FUNC Words<4> load_shared(const T* p, uint at) {
   return *reinterpret_cast<const Words<4>*>(p + at);
 }
 
@@ -185,6 +194,18 @@ HALVES(float16_t, "f16")
 template <typename T>
 FUNC Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
   return Halves<T>::multiply(c, a0, a1, a2, a3, b0, b1);
+}
+// Two numbers as T, the first in the low half.
+template <typename T>
+FUNC uint two_halves(float a, float b) {
+  T pair[2] = {T(a), T(b)};
+  return *reinterpret_cast<uint*>(pair);
+}
+// An 8 x 8 tile of halves, transposed: lane 4 g + t has columns 2 t and 2 t + 1 of row g.
+FUNC uint transposed(uint halves) {
+  uint t;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(halves));
+  return t;
 }
 // Four 8 x 8 tiles of halves from shared memory, as they are or transposed: lane 8 i + r names row
 // r of tile i.

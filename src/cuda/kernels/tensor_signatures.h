@@ -80,7 +80,7 @@
   OUT(float, out, rows * HEADS * V)
 
 #define CLUSTER_ATTENTION_GQA_SIGNATURE \
-  TYPE(T) INT(HEADS) INT(KV_HEADS) INT(D) INT(SPLITS) \
+  TYPE(T) INT(WARPS) INT(HEADS) INT(KV_HEADS) INT(D) INT(SPLITS) \
   IN(float, qkv, rows * (HEADS + 2 * KV_HEADS) * D) IN(T, q_norm, D) IN(T, k_norm, D) \
   IN(float, eps, 16) IN(float, scale, 16) IN(float, rope, rows * D) IN(uint, places, rows * 4) \
   IN(T, k_cache, sequences * KV_HEADS * capacity * D) \

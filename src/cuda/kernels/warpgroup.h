@@ -2,12 +2,6 @@
 // from shared memory and go on in the background. Comes after tensor_dialect.h.
 #pragma once
 
-// Two numbers as T, the first in the low half.
-template <typename T>
-FUNC uint two_halves(float a, float b) {
-  T pair[2] = {T(a), T(b)};
-  return *reinterpret_cast<uint*>(pair);
-}
 // Four 8 x 8 tiles of halves to shared memory, transposed: a lane has row lane / 4, columns 2 t and
 // 2 t + 1 of each, and lane 8 i + r names where column r of tile i goes.
 template <typename T>
