@@ -17,6 +17,7 @@
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/mlx.h"
 #include "moefuse/decoder.h"
+#include "moefuse/ops.h"
 
 namespace mx = mlx::core;
 using moefuse::Accumulate;
@@ -242,6 +243,45 @@ bool check_new_caches(const Options& o, const RandomModel& m) {
   return same;
 }
 
+// Logits that a caller keeps are still those of their own step when more have come than the step
+// has arrays for.
+bool check_kept_logits(const Options& o, const RandomModel& m) {
+  std::vector<mx::array> kept;
+  Logits at_once, later;
+  for (const bool keep : {false, true}) {
+    moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
+    auto caches = caches_of(decoder, 1, 2048, mx::Device::gpu);
+    for (int slot = 1000; slot < 1012; ++slot) {
+      mx::array logits = decoder.step(rows_at(1, slot), caches);
+      if (keep)
+        kept.push_back(logits);
+      else
+        at_once.push_back(values(logits));
+    }
+  }
+  for (const mx::array& logits : kept) later.push_back(values(logits));
+  const bool same = at_once == later;
+  std::printf("%s: logits kept for twelve steps are those of each: %s\n", o.family.c_str(),
+              same ? "yes" : "NO");
+  return same;
+}
+
+// Greedy tokens as MLX's, in bfloat16 among many equal ones, with what is not a number too.
+bool check_sampling(const Options& o) {
+  bool same = true;
+  for (const mx::Dtype dtype : {mx::float32, mx::bfloat16, mx::float16})
+    for (const int n : {1, 151936, 154880, 70001}) {
+      mx::array x = mx::astype(mx::random::uniform(-9.0f, 9.0f, {4, n}), dtype);
+      const mx::array odd = mx::astype(mx::greater(x, mx::array(8.5f, dtype)), mx::bool_);
+      x = mx::concatenate({x, mx::where(odd, mx::array(NAN, dtype), x)}, 0);
+      const mx::array equal = mx::all(mx::equal(moefuse::sample_greedy(x), mx::argmax(x, -1)));
+      same = mx::array(equal).item<bool>() && same;
+    }
+  std::printf("%s: greedy tokens are those of MLX's argmax: %s\n", o.family.c_str(),
+              same ? "yes" : "NO");
+  return same;
+}
+
 bool check(const Options& o, RandomModel& m) {
   const std::vector<int> starts = {3, 40, 1023, 2500, 8700, 16500};
   const Logits tensor = trace(m, 1, starts);
@@ -256,6 +296,8 @@ bool check(const Options& o, RandomModel& m) {
               tensor == again ? "yes" : "NO", tensor == plain ? "yes" : "NO");
   bool passed = tensor == again && tensor == plain;
   passed = check_new_caches(o, m) && passed;
+  passed = check_kept_logits(o, m) && passed;
+  passed = check_sampling(o) && passed;
   const size_t vocab = tensor[0].size();
   for (int rows : {2, 4}) {
     const Logits many = trace(m, rows, starts);
@@ -290,7 +332,8 @@ std::vector<uint32_t> generation(const RandomModel& m, int count) {
   auto caches = caches_of(decoder, 1, count, mx::Device::gpu);
   std::vector<mx::array> tokens = {mx::full({1}, 5, mx::uint32)};
   for (int slot = 0; slot < count; ++slot) {
-    tokens.push_back(mx::argmax(decoder.step({{0, 0, slot, 0, slot}}, caches, tokens.back()), -1));
+    tokens.push_back(
+        moefuse::sample_greedy(decoder.step({{0, 0, slot, 0, slot}}, caches, tokens.back())));
     mx::async_eval(tokens.back());
   }
   mx::array all = mx::concatenate(tokens, 0);
@@ -329,7 +372,7 @@ void time_tokens(const Options& o, RandomModel& m, int context, int rows) {
       for (int r = 0; r < rows; ++r) list.push_back({next_token(), r, slot, 0, slot});
       const mx::array logits =
           rows > 1 ? decoder.step(list, caches) : decoder.step(list, caches, token);
-      token = mx::argmax(logits, -1);
+      token = getenv("MF_ARGMAX") ? mx::argmax(logits, -1) : moefuse::sample_greedy(logits);
       mx::async_eval(token);
     }
     token.eval();

@@ -11,6 +11,7 @@ from ._core import (
     moe_prefill,
     moe_router_argpartition_logits_topk,
     prefill_linear,
+    sample_greedy,
 )
 from .capabilities import capabilities
 from .flags import ACCUMULATE, VARIANTS
@@ -35,6 +36,7 @@ __all__ = [
     "moe_router_argpartition_logits_topk",
     "patch",
     "prefill_linear",
+    "sample_greedy",
     "uninstall_zmlx_primitive",
     "unpatch",
 ]

@@ -81,6 +81,16 @@ accumulate: "fp32_no_fma" rounds product and sum apart in fp32 and casts once; "
 The result has y's dtype. Raises ValueError on a wrong dtype or shape.)");
 }
 
+void bind_sample(nb::module_& m) {
+  m.def("sample_greedy", &moefuse::sample_greedy, "logits"_a, nb::kw_only(),
+        "stream"_a = nb::none(),
+        R"(The token of each row of logits [..., V]: where the largest stands -> uint32 [...].
+
+The tokens of mx.argmax(logits, axis=-1), the first of equal ones. On CUDA, where MLX reads a row
+with one block of threads, by many; MLX's argmax elsewhere. logits: float32, float16 or bfloat16.
+Raises ValueError on another dtype or an empty array.)");
+}
+
 void bind_experts(nb::module_& m) {
   m.def(
       "moe_gather_qmm_swiglu_downproj_combine",
@@ -194,6 +204,7 @@ NB_MODULE(_core, m) {
   m.doc() = "Fused Mixture-of-Experts operations on MLX arrays.";
   bind_router(m);
   bind_combine(m);
+  bind_sample(m);
   bind_experts(m);
   bind_prefill(m);
   bind_prefill_linear(m);

@@ -19,7 +19,7 @@ from operator import is_
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from . import _core
+from . import _core, greedy
 
 log = logging.getLogger("moefuse")
 
@@ -41,11 +41,12 @@ class Step:
         self._seen: _Snapshot | None = None
         self._decoder, self._refused = None, None
         self.cache_types = _cache_types()
+        self._samples = False
 
     def __deepcopy__(self, memo) -> Step:
         """A copied model gets a step of its own, on its own arrays."""
         copied = Step.__new__(Step)
-        copied.__dict__.update(self.__dict__, _seen=None, _decoder=None)
+        copied.__dict__.update(self.__dict__, _seen=None, _decoder=None, _samples=False)
         copied.model = memo.get(id(self.model), self.model)
         return copied
 
@@ -80,6 +81,9 @@ class Step:
         self.model.__class__ = self.stock
         del self.model.__dict__["_moefuse_step"]
         self._decoder, self._seen = None, None
+        if self._samples:
+            self._samples = False
+            greedy.release()
 
     def fell(self, reason: str, expected: bool = False) -> None:
         text = f"step: {reason}"
@@ -217,4 +221,5 @@ def attach(model, accumulate: str) -> Step:
     names = {"__call__": _call, "__module__": step.stock.__module__, "__doc__": step.stock.__doc__}
     model._moefuse_step = step
     model.__class__ = type(step.stock.__name__, (step.stock,), names)
+    step._samples = greedy.hold()
     return step

@@ -4,180 +4,73 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/texts.h"
 #include "metal/kernel_table.h"
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/primitives.h"
-
-// Of MLX's CUDA wheel for Linux; other wheels do not have them.
-#ifdef __linux__
-namespace mlx::core::cu {
-class CommandEncoder {
- public:
-  __attribute__((weak)) void commit();
-};
-__attribute__((weak)) CommandEncoder& get_command_encoder(Stream s);
-}  // namespace mlx::core::cu
-#endif
 
 namespace moefuse::cuda {
 
 namespace {
 
-// mlx/backend/cuda/device.h: a CommandEncoder begins with a reference to its Device and the handle
-// of its stream.
-struct EncoderHead {
-  void* device;
-  Stream stream;
-};
-
-bool reachable() {
-#ifdef __linux__
-  return &mx::cu::get_command_encoder != nullptr;
-#else
-  return false;
-#endif
-}
-
-// The CUDA stream of an MLX stream, after everything that MLX holds back for it is on its way.
-Stream flushed(mx::Stream s) {
-#ifdef __linux__
-  auto& encoder = mx::cu::get_command_encoder(s);
-  encoder.commit();
-  return reinterpret_cast<EncoderHead*>(&encoder)->stream;
-#else
-  throw std::runtime_error("[cuda step] expected Linux");
-#endif
-}
-
-const char* type_name(mx::Dtype dtype) {
-  if (dtype == mx::bfloat16) return "bfloat16_t";
-  if (dtype == mx::float16) return "float16_t";
-  if (dtype == mx::float32) return "float";
-  if (dtype == mx::uint32) return "uint";
-  throw std::invalid_argument("[cuda step] dtype: expected a float or uint32, got another");
-}
-
 const char* const kFeedText = R"(
 struct Feed { uint tokens[8], places[32]; float angles[8 * 256]; };
-extern "C" __global__ void feed(const uint* given, Feed f, uint rows, uint width, uint* tokens,
-                                uint* places, float* angles) {
+extern "C" __global__ void @(const uint* given, Feed f, void* result, uint rows, uint width,
+                             uint* tokens, uint* places, float* angles, void** result_at) {
   uint t = threadIdx.x;
+  if (t == 0) *result_at = result;
   if (t < rows) tokens[t] = given ? given[t] : f.tokens[t];
   if (t < 4 * rows) places[t] = f.places[t];
   for (uint i = t; i < rows * width; i += blockDim.x) angles[i] = f.angles[i];
 }
 )";
 
-// A kernel's text behind its name: parameters, template arguments as constants, body.
-std::string text_of(const metal::Call& call) {
-  const metal::KernelText& k = *call.kernel;
-  std::string text = "(";
-  for (size_t i = 0; i < call.inputs.size(); ++i)
-    text +=
-        std::string("const ") + type_name(call.inputs[i].dtype()) + "* " + k.input_names[i] + ", ";
-  for (size_t i = 0; i < call.dtypes.size(); ++i)
-    text += std::string(i ? ", " : "") + type_name(call.dtypes[i]) + "* " + k.output_names[i];
-  text += ") {\n";
-  for (size_t i = 0; i < call.args.size(); ++i) {
-    const auto& arg = call.args[i];
-    const std::string& name = k.template_names[i];
-    if (auto* type = std::get_if<mx::Dtype>(&arg))
-      text += "using " + name + " = " + type_name(*type) + ";\n";
-    else if (auto* n = std::get_if<int>(&arg))
-      text += "constexpr int " + name + " = " + std::to_string(*n) + ";\n";
-    else
-      text += "constexpr bool " + name + " = " + (std::get<bool>(arg) ? "true" : "false") + ";\n";
-  }
-  return text + (k.waits ? "" : "wait_for_inputs();\n") + k.cuda_body + "}\n";
-}
-
-// Functions by their text, for all models of the process.
-std::map<std::string, Function>& functions() {
-  static std::map<std::string, Function> built;
-  return built;
-}
-
-// A function's key: its attributes on a line, then its text.
-std::string key_of(const metal::Call& call) {
-  const int cluster = call.kernel->cluster;
-  const std::string dims =
-      cluster > 1 ? "__cluster_dims__(" + std::to_string(cluster) + ", 1, 1)" : "";
-  return dims + " __launch_bounds__(" + std::to_string(call.threads) + ", " +
-         std::to_string(call.resident) + ") \n" + text_of(call);
-}
-
-std::string assemble(const std::vector<std::string>& keys, const std::vector<std::string>& names) {
-  std::string source = metal::cuda_header();
-  for (size_t i = 0; i < keys.size(); ++i) {
-    const auto end = keys[i].find('\n');
-    source += keys[i] == kFeedText ? keys[i]
-                                   : "extern \"C\" __global__ void " + keys[i].substr(0, end) +
-                                         names[i] + keys[i].substr(end + 1);
-  }
-  return source;
-}
-
-std::vector<std::string> names_of(const std::vector<std::string>& keys) {
-  std::vector<std::string> names;
-  names.reserve(keys.size());
-  for (const std::string& key : keys)
-    names.push_back(key == kFeedText ? "feed" : "kernel" + std::to_string(names.size()));
-  return names;
-}
-
-void compile_missing(const std::set<std::string>& keys) {
-  static std::mutex mutex;
-  std::lock_guard lock(mutex);
-  std::vector<std::string> missing;
-  for (const std::string& key : keys)
-    if (!functions().count(key)) missing.push_back(key);
-  if (missing.empty()) return;
-  const auto names = names_of(missing);
-  const std::vector<Function> built = compile(assemble(missing, names), names);
-  for (size_t i = 0; i < missing.size(); ++i) functions()[missing[i]] = built[i];
-}
-
-mx::array device_zeros(const mx::Shape& shape, mx::Dtype dtype) {
-  return mx::zeros(shape, dtype, mx::Device::gpu);
-}
-
 }  // namespace
 
-// One launch in MLX's graph, so that what follows waits for it.
+// A launch that is on its way, in MLX's graph: what is evaluated later on its stream comes behind
+// it. One evaluation a token, with what the caller makes of the logits: each puts events on the
+// stream, which cost some microseconds.
 class StepNode : public mx::Primitive {
  public:
-  StepNode(mx::Stream s, Replay& replay, const Feed& feed)
-      : mx::Primitive(s), replay_(replay), feed_(feed) {}
+  StepNode(mx::Stream s, mx::array result) : mx::Primitive(s), result_(std::move(result)) {}
+  // Of logits that nobody wanted: the tokens have to live until they were read.
+  ~StepNode() override {
+    if (wanted_) return;
+    try {
+      mx::synchronize(stream());
+    } catch (const std::exception&) {  // the next call meets it too
+    }
+  }
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error("[cuda step] runs on a GPU only");
   }
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    replay_.enqueue(feed_, inputs, flushed(stream()));
-    replay_.copy_->eval_gpu({*replay_.result_}, outputs);
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>& outputs) override {
+    outputs[0].copy_shared_buffer(result_);
+    wanted_ = true;
   }
   const char* name() const override { return "MoefuseStep"; }
 
  private:
-  Replay& replay_;
-  Feed feed_;
+  mx::array result_;
+  bool wanted_ = false;
 };
 
-// mlx/backend/cuda/allocator.h: a buffer begins with its address.
-void* address(const mx::array& a) {
-  auto buffer = a.buffer();
-  return *static_cast<char**>(buffer.ptr()) + a.offset();
+// Evaluated, or on its way in front of what comes next on the stream.
+static void ready(mx::array a, mx::Stream s) {
+  if (a.status() == mx::array::Status::unscheduled) mx::async_eval(a);
+  if (a.event().valid() && a.event().stream() != s) a.wait();
 }
 
 std::string source_of(const std::vector<metal::Call>& calls) {
-  std::set<std::string> keys = {kFeedText};
-  for (const metal::Call& call : calls) keys.insert(key_of(call));
-  const std::vector<std::string> list(keys.begin(), keys.end());
-  return assemble(list, names_of(list));
+  std::set<std::string> texts = {kFeedText};
+  for (const metal::Call& call : calls) texts.insert(text_of(call));
+  std::vector<std::string> names;
+  for (size_t i = 0; i < texts.size(); ++i) names.push_back("kernel" + std::to_string(i));
+  return assemble({texts.begin(), texts.end()}, names);
 }
 
 bool can_replay() {
@@ -193,7 +86,8 @@ Replay::Replay(int rows, int angles)
       overlap_(false),
       tokens_(device_zeros({16}, mx::uint32)),
       places_(device_zeros({rows, 4}, mx::uint32)),
-      angles_(device_zeros({rows, angles}, mx::float32)) {
+      angles_(device_zeros({rows, angles}, mx::float32)),
+      result_at_(device_zeros({4}, mx::uint32)) {
   if (rows > kMaxFeedRows || angles > kMaxAngles)
     throw std::invalid_argument("[cuda step] rotary dimensions: expected at most 256, got " +
                                 std::to_string(angles));
@@ -206,7 +100,7 @@ Replay::~Replay() {
 }
 
 std::vector<mx::array> Replay::add(const metal::Call& call) {
-  Node node{call, {}, nullptr, {}};
+  Node node{call, {}, -1, nullptr, {}};
   for (size_t i = 0; i < call.shapes.size(); ++i)
     node.outputs.push_back(device_zeros(call.shapes[i], call.dtypes[i]));
   nodes_.push_back(node);
@@ -283,18 +177,26 @@ void Replay::split_memory() {
 
 void Replay::record(const mx::array& result, const std::vector<mx::array>& borrowed) {
   make_current();
-  std::vector<mx::array> needed = {tokens_, places_, angles_};
+  std::vector<mx::array> needed = {tokens_, places_, angles_, result_at_};
   std::set<std::string> texts = {kFeedText};
   for (Node& node : nodes_) {
-    texts.insert(key_of(node.call));
+    for (size_t i = 0; i < node.outputs.size(); ++i)
+      if (node.outputs[i].id() == result.id()) {
+        node.result = int(i);
+        node.outputs[i] = result_at_;
+      }
+    texts.insert(text_of(node.call, node.result));
     needed.insert(needed.end(), node.call.inputs.begin(), node.call.inputs.end());
     needed.insert(needed.end(), node.outputs.begin(), node.outputs.end());
   }
+  const auto is_result = [](const Node& node) { return node.result >= 0; };
+  if (!std::any_of(nodes_.begin(), nodes_.end(), is_result))
+    throw std::logic_error("[cuda step] result: expected an output of add(), got another array");
   mx::eval(needed);
   needed.clear();
   mx::synchronize(mx::default_stream(mx::Device::gpu));
   compile_missing(texts);
-  feed_ = functions().at(kFeedText);
+  feed_ = function_of(kFeedText);
   std::map<std::uintptr_t, size_t> not_ours;
   for (const mx::array& a : borrowed) {
     not_ours[a.id()] = addresses_.size();
@@ -302,7 +204,7 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
   }
   for (size_t n = 0; n < nodes_.size(); ++n) {
     Node& node = nodes_[n];
-    node.function = functions().at(key_of(node.call));
+    node.function = function_of(text_of(node.call, node.result));
     if (node.call.kernel->cluster > 1) allow_clusters(node.function, node.call.kernel->name);
     if (node.call.shared_bytes > 0)
       allow_shared(node.function, node.call.shared_bytes, node.call.kernel->name);
@@ -316,16 +218,7 @@ void Replay::record(const mx::array& result, const std::vector<mx::array>& borro
   }
   split_memory();
   capture();
-
-  result_ = result;
-  auto copy = mx::fast::cuda_kernel(
-      "moefuse_copy", {"from"}, {"to"},
-      "unsigned i = blockIdx.x * blockDim.x + threadIdx.x; if (i < N) to[i] = from[i];");
-  const int size = static_cast<int>(result.size());
-  copy_ =
-      copy({result}, {result.shape()}, {result.dtype()}, {(size + 255) / 256 * 256, 1, 1},
-           {256, 1, 1}, {{"N", size}}, std::nullopt, false, mx::default_stream(mx::Device::gpu))[0]
-          .primitive_ptr();
+  results_.emplace(result.shape(), result.dtype());
 }
 
 void Replay::capture() {
@@ -343,12 +236,15 @@ void Replay::borrow(const std::vector<void*>& addresses) {
   addresses_ = addresses;
 }
 
-void Replay::enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream) {
+void Replay::enqueue(const Feed& feed, const std::vector<mx::array>& tokens,
+                     const mx::array& result, Stream stream) {
   make_current();
   void* given = tokens.empty() ? nullptr : address(tokens[0]);
-  void* to[] = {address(tokens_), address(places_), address(angles_)};
+  void* into = address(result);
+  void* to[] = {address(tokens_), address(places_), address(angles_), address(result_at_)};
   unsigned rows = rows_, width = width_;
-  void* arguments[] = {&given, const_cast<Feed*>(&feed), &rows, &width, &to[0], &to[1], &to[2]};
+  void* arguments[] = {
+      &given, const_cast<Feed*>(&feed), &into, &rows, &width, &to[0], &to[1], &to[2], &to[3]};
   launch(feed_, {{1, 1, 1}, 256}, arguments, stream, false, "feed");
   launch(graph_, stream);
 }
@@ -356,11 +252,14 @@ void Replay::enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Str
 mx::array Replay::run(const Feed& feed, const std::optional<mx::array>& tokens) {
   const mx::Stream s = mx::default_stream(mx::Device::gpu);
   std::vector<mx::array> inputs;
-  if (tokens) inputs.push_back(*tokens);
-  auto logits = mx::array::make_arrays({result_->shape()}, {result_->dtype()},
-                                       std::make_shared<StepNode>(s, *this, feed), inputs)[0];
-  mx::async_eval(logits);
-  return logits;
+  if (tokens) {
+    ready(*tokens, s);
+    inputs.push_back(*tokens);
+  }
+  const mx::array result = results_->take();
+  enqueue(feed, inputs, result, flushed(s));
+  return mx::array::make_arrays({result.shape()}, {result.dtype()},
+                                std::make_shared<StepNode>(s, result), inputs)[0];
 }
 
 std::map<std::string, std::pair<int, double>> Replay::times() {

@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/driver.h"
+#include "cuda/stream.h"
+#include "cuda/turns.h"
 #include "metal/launch.h"
 
 namespace moefuse::cuda {
@@ -25,9 +26,6 @@ struct Feed {
 
 // True where this MLX's stream can be reached and the variable MOEFUSE_CUDA_GRAPH is not 0.
 bool can_replay();
-
-// Where an array lies on the device. Its data() would move it to the host.
-void* address(const mx::array& a);
 
 // What NVRTC would be given for these calls: CUDA source with a function for each text. For
 // compilers on machines without a GPU.
@@ -47,8 +45,8 @@ class Replay {
 
   // Notes a call. Its outputs live as long as the replay, in device memory.
   std::vector<mx::array> add(const metal::Call& call);
-  // Compiles and captures. `result` is what run() returns a copy of; of `borrowed` (the caches) no
-  // reference is kept: they have to live and stay in place while the graph is used on them.
+  // Compiles and captures. `result`, an output of add(), is what run() returns; of `borrowed` (the
+  // caches) no reference is kept: they have to live and stay in place while the graph is used.
   void record(const mx::array& result, const std::vector<mx::array>& borrowed);
   // Where the borrowed arrays lie for the graph, and others of their dtypes in their stead, as each
   // generation brings its own: half a millisecond, where recording anew takes 22. Nothing that was
@@ -56,18 +54,18 @@ class Replay {
   const std::vector<void*>& borrowed() const { return addresses_; }
   void borrow(const std::vector<void*>& addresses);
 
-  // Enqueued on MLX's default GPU stream, not waited for. tokens: on the device, [rows] uint32, in
-  // the place of the feed's.
+  // Launched on MLX's default GPU stream, not waited for; evaluating the result only takes note of
+  // it. tokens: on the device, [rows] uint32, in the place of the feed's.
   mx::array run(const Feed& feed, const std::optional<mx::array>& tokens);
 
   // Microseconds of each kernel's calls, all calls of one name behind each other: {calls, us each}.
   std::map<std::string, std::pair<int, double>> times();
 
  private:
-  friend class StepNode;
   struct Node {
     metal::Call call;
     std::vector<mx::array> outputs;
+    int result = -1;  // the output that goes where the feed says
     Function function = nullptr;
     std::vector<void*> arguments;
   };
@@ -79,18 +77,18 @@ class Replay {
   void split_memory();
   void launch_node(Node& node, Stream stream);
   void capture();
-  void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, Stream stream);
+  void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, const mx::array& result,
+               Stream stream);
 
   int rows_, width_;
   bool overlap_;
-  mx::array tokens_, places_, angles_;
-  std::optional<mx::array> result_;
+  mx::array tokens_, places_, angles_, result_at_;
+  std::optional<Turns> results_;
   std::vector<Node> nodes_;
   std::vector<void*> addresses_;  // of the borrowed arrays
   std::vector<Use> uses_;         // of them by the nodes
   Function feed_ = nullptr;
   Executable graph_ = nullptr;
-  std::shared_ptr<mx::Primitive> copy_;
 };
 
 }  // namespace moefuse::cuda

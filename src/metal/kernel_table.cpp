@@ -17,6 +17,7 @@ const std::string kRouter = kMath + text::moe_router_h;
 const std::string kCombine = kMath + text::moe_combine_h;
 const std::string kAffine = kMath + text::affine_h;
 const std::string kExperts = kAffine + text::moe_experts_h;
+const std::string kSampling = kExperts + text::moe_router_h + text::sample_h;  // and folding
 const std::string kDown = kExperts + text::moe_combine_h;
 const std::string kNorm = kMath + text::norm_h;
 const std::string kNormAffine = kNorm + text::affine_h + text::moe_experts_h;
@@ -65,7 +66,7 @@ std::vector<KernelText> build_table() {
   {                                                                  \
     KernelText k;                                                    \
     k.name = "moefuse_" #stem;                                       \
-    k.cuda_header = text::dialect_cuda_h + kExperts;                 \
+    k.cuda_header = text::dialect_cuda_h + kSampling;                \
     k.cuda_body = text::stem##_body;                                 \
     k.waits = true;                                                  \
     if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster; \
@@ -97,7 +98,7 @@ std::string cuda_header() {
          text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h +
          text::tensor_dialect_h + text::grid_h + text::route_h + text::select_h +
          text::stretches_h + text::attend_h + text::attend_grouped_h + text::warpgroup_h +
-         text::attend_latent_h;
+         text::attend_latent_h + text::sample_h;
 }
 
 std::vector<std::string> kernel_names() {

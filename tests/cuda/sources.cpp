@@ -8,6 +8,28 @@
 #include "cuda/replay.h"
 
 namespace metal = moefuse::metal;
+namespace mx = mlx::core;
+
+// Greedy sampling of the logits.
+static std::vector<metal::Call> sampling_calls(int rows, int vocab) {
+  const int parts = metal::blocks(vocab, 2048);
+  const mx::array logits = mx::zeros({rows, vocab}), tops = mx::zeros({rows, parts}, mx::uint32),
+                  places = tops;
+  return {{&metal::kernel_text("sample_greedy_parts"),
+           {logits},
+           {mx::float32, vocab},
+           {tops.shape(), places.shape()},
+           {mx::uint32, mx::uint32},
+           {parts, rows, 1},
+           256},
+          {&metal::kernel_text("sample_greedy"),
+           {tops, places},
+           {parts},
+           {{rows}},
+           {mx::uint32},
+           {rows, 1, 1},
+           32}};
+}
 
 int main(int argc, char** argv) {
   const bool qwen = argc > 1 && std::string(argv[1]) == "qwen";
@@ -18,7 +40,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "refused: %s\n", why.c_str());
     return 1;
   }
-  const std::vector<metal::Call> calls = calls_of(plan, rows, splits);
+  std::vector<metal::Call> calls = calls_of(plan, rows, splits);
+  for (const metal::Call& call : sampling_calls(rows, plan.config.vocab_size))
+    calls.push_back(call);
   for (const metal::Call& call : calls)
     std::fprintf(stderr, "%-32s %4d x %3d x %2d blocks of %4d threads\n", call.kernel->name.c_str(),
                  call.groups.x, call.groups.y, call.groups.z, call.threads);

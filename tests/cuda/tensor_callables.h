@@ -46,6 +46,12 @@ KERNEL_END
 KERNEL_BEGIN(grid_unembed, GRID_UNEMBED_SIGNATURE)
 #include "grid_unembed.body"
 KERNEL_END
+KERNEL_BEGIN(sample_greedy, SAMPLE_GREEDY_SIGNATURE)
+#include "sample_greedy.body"
+KERNEL_END
+KERNEL_BEGIN(sample_greedy_parts, SAMPLE_GREEDY_PARTS_SIGNATURE)
+#include "sample_greedy_parts.body"
+KERNEL_END
 KERNEL_BEGIN(cluster_attention_gqa, CLUSTER_ATTENTION_GQA_SIGNATURE)
 #include "cluster_attention_gqa.body"
 KERNEL_END

@@ -19,6 +19,7 @@
 #include "attend_latent.h"
 #include "grid.h"
 #include "route.h"
+#include "sample.h"
 #include "select.h"
 #include "stretches.h"
 #include "tensor_callables.h"

@@ -96,6 +96,13 @@
   IN(T, latent_cache, sequences * capacity * LORA) IN(T, rope_cache, sequences * capacity * ROPE) \
   OUT(float, partial, rows * HEADS * SPLITS * LORA) OUT(float, stats, rows * HEADS * SPLITS * 2)
 
+#define SAMPLE_GREEDY_PARTS_SIGNATURE \
+  TYPE(T) INT(N) IN(T, x, rows * N) \
+  OUT(uint, tops, rows * ((N + 2047) / 2048)) OUT(uint, places, rows * ((N + 2047) / 2048))
+
+#define SAMPLE_GREEDY_SIGNATURE \
+  INT(PARTS) IN(uint, tops, rows * PARTS) IN(uint, places, rows * PARTS) OUT(uint, token, rows)
+
 // Those that meet in nothing but threads, warps and barriers: the emulator runs them.
 #define MOEFUSE_GRID_KERNELS(KERNEL) \
   KERNEL(fold_router, FOLD_ROUTER_SIGNATURE) \
@@ -107,7 +114,9 @@
   KERNEL(grid_heads, GRID_HEADS_SIGNATURE) \
   KERNEL(grid_linear_residual, GRID_LINEAR_RESIDUAL_SIGNATURE) \
   KERNEL(grid_project, GRID_PROJECT_SIGNATURE) \
-  KERNEL(grid_unembed, GRID_UNEMBED_SIGNATURE)
+  KERNEL(grid_unembed, GRID_UNEMBED_SIGNATURE) \
+  KERNEL(sample_greedy, SAMPLE_GREEDY_SIGNATURE) \
+  KERNEL(sample_greedy_parts, SAMPLE_GREEDY_PARTS_SIGNATURE)
 #define MOEFUSE_CLUSTER_KERNELS(KERNEL) \
   KERNEL(cluster_attention_gqa, CLUSTER_ATTENTION_GQA_SIGNATURE) \
   KERNEL(cluster_attention_mla, CLUSTER_ATTENTION_MLA_SIGNATURE)
