@@ -372,7 +372,7 @@ void time_tokens(const Options& o, RandomModel& m, int context, int rows) {
       for (int r = 0; r < rows; ++r) list.push_back({next_token(), r, slot, 0, slot});
       const mx::array logits =
           rows > 1 ? decoder.step(list, caches) : decoder.step(list, caches, token);
-      token = getenv("MF_ARGMAX") ? mx::argmax(logits, -1) : moefuse::sample_greedy(logits);
+      token = moefuse::sample_greedy(logits);
       mx::async_eval(token);
     }
     token.eval();
