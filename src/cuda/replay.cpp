@@ -67,7 +67,8 @@ static void ready(mx::array a, mx::Stream s) {
 
 std::string source_of(const std::vector<metal::Call>& calls) {
   std::set<std::string> texts = {kFeedText};
-  for (const metal::Call& call : calls) texts.insert(text_of(call));
+  for (const metal::Call& call : calls)
+    texts.insert(text_of(call, &call == &calls.back() ? 0 : -1));
   std::vector<std::string> names;
   for (size_t i = 0; i < texts.size(); ++i) names.push_back("kernel" + std::to_string(i));
   return assemble({texts.begin(), texts.end()}, names);

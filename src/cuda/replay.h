@@ -27,8 +27,8 @@ struct Feed {
 // True where this MLX's stream can be reached and the variable MOEFUSE_CUDA_GRAPH is not 0.
 bool can_replay();
 
-// What NVRTC would be given for these calls: CUDA source with a function for each text. For
-// compilers on machines without a GPU.
+// What NVRTC would be given for these calls, the last of which gives the result: CUDA source with a
+// function for each text. For compilers on machines without a GPU.
 std::string source_of(const std::vector<metal::Call>& calls);
 
 class Replay {

@@ -41,8 +41,8 @@ int main(int argc, char** argv) {
     return 1;
   }
   std::vector<metal::Call> calls = calls_of(plan, rows, splits);
-  for (const metal::Call& call : sampling_calls(rows, plan.config.vocab_size))
-    calls.push_back(call);
+  const auto sampling = sampling_calls(rows, plan.config.vocab_size);
+  calls.insert(calls.begin(), sampling.begin(), sampling.end());
   for (const metal::Call& call : calls)
     std::fprintf(stderr, "%-32s %4d x %3d x %2d blocks of %4d threads\n", call.kernel->name.c_str(),
                  call.groups.x, call.groups.y, call.groups.z, call.threads);
