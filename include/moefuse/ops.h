@@ -77,8 +77,8 @@ mx::array moe_combine_weighted_sum_fp32_no_fma(const mx::array& y, const mx::arr
                                                mx::StreamOrDevice s = {});
 
 // The token of each row of logits [..., V], float32, float16 or bfloat16: where the largest stands,
-// the first of equal ones, NaN above all -> uint32 [...]. MLX's argmax everywhere but on CUDA, where that reads a
-// row with one block of threads; the same tokens there by many.
+// the first of equal ones, NaN above all -> uint32 [...]. MLX's argmax everywhere but on CUDA,
+// where that reads a row with one block of threads; the same tokens there by many.
 mx::array sample_greedy(const mx::array& logits, mx::StreamOrDevice s = {});
 
 // The experts of a MoE block in one primitive: for every row of x [..., H] and each of its k
