@@ -152,14 +152,6 @@ template <typename T>
 float half_of(uint word, uint which) {
   return float(std::bit_cast<T>(uint16_t(word >> 16 * which)));
 }
-template <typename T>
-uint load_two(const emulator::Shared<T>& p, emulator::Where where = {}) {
-  if (p.offset() % 2 != 0) emulator::fail(where, "misaligned pair");
-  p.block().on_read(emulator::At(p.offset() / 2, where.file, where.line), 4);
-  uint word;
-  std::memcpy(&word, p.bytes(), 4);
-  return word;
-}
 
 // a: rows g and g + 8, columns 2 t and 2 t + 1, then the same 8 columns further; b: rows 2 t and
 // 2 t + 1 of column g, then 8 rows further; c: rows g and g + 8 of columns 2 t and 2 t + 1. The sum
@@ -180,32 +172,6 @@ Floats<4> multiply_halves(Floats<4> c, uint a0, uint a1, uint a2, uint a3, uint 
     }
   }
   return c;
-}
-
-// Rows that nobody wrote are NaN: only what nothing is made of may come from them.
-template <typename T>
-Words<4> load_tiles(const emulator::Shared<T>& p, emulator::Where where = {}) {
-  const Words<4> row = load_line(p, true, where);
-  const uint own = emulator::lane();
-  const auto lanes = emulator::exchange(row.w, 4, where);
-  Words<4> w;
-  for (uint i = 0; i < 4; ++i) w.w[i] = lanes[8 * i + own / 4][own % 4];
-  return w;
-}
-template <typename T>
-Words<4> load_turned(const emulator::Shared<T>& p, emulator::Where where = {}) {
-  const Words<4> row = load_line(p, true, where);
-  const uint own = emulator::lane(), column = own / 4;
-  const auto lanes = emulator::exchange(row.w, 4, where);
-  const auto element = [&](uint lane) {
-    return lanes[lane][column / 2] >> column % 2 * 16 & 65535u;
-  };
-  Words<4> w;
-  for (uint i = 0; i < 4; ++i) {
-    const uint first = 8 * i + own % 4 * 2;
-    w.w[i] = element(first) | element(first + 1) << 16;
-  }
-  return w;
 }
 
 template <typename T>

@@ -53,7 +53,7 @@ void meet() {
   cluster_wait();
 }
 
-// 16 x 16 times 16 x 8, the first read as tiles, the second turned.
+// 16 x 16 times 16 x 8.
 TEST(TensorDialect, MultipliesTiles) {
   std::vector<T> a(16 * 16), b(16 * 8);
   for (size_t i = 0; i < a.size(); ++i) a[i] = T(float(i * 7 % 23) - 11.0f);
@@ -71,9 +71,15 @@ TEST(TensorDialect, MultipliesTiles) {
     commit_copies();
     wait_for_copies<0>();
     group_barrier();
-    const auto l = load_tiles(left + (lane_id % 16 * 24 + lane_id / 16 * 8));
-    const auto r = load_turned(right + lane_id * 8);
-    const auto c = multiply_halves<T>(zeros<4>(), l.w[0], l.w[1], l.w[2], l.w[3], r.w[0], r.w[1]);
+    const uint row = lane_id / 4, pair = lane_id % 4 * 2;  // and column of the second
+    const auto a = [&](uint r, uint k) {
+      return two_halves<T>(float(left[r * 24 + k]), float(left[r * 24 + k + 1]));
+    };
+    const auto b = [&](uint k) {
+      return two_halves<T>(float(right[k * 8 + row]), float(right[(k + 1) * 8 + row]));
+    };
+    const auto c = multiply_halves<T>(zeros<4>(), a(row, pair), a(row + 8, pair), a(row, pair + 8),
+                                      a(row + 8, pair + 8), b(pair), b(pair + 8));
     for (uint i = 0; i < 4; ++i)
       z[(lane_id / 4 + i / 2 * 8) * 8 + lane_id % 4 * 2 + i % 2] = c.v[i];
   };
@@ -296,8 +302,8 @@ TEST(TensorDialect, CatchesReadingWhatACopyBrings) {
         commit_copies();
         wait_for_copies<1>();
         group_barrier();
-        load_tiles(there + lane_id * 8);
-        load_tiles(there + (256 + lane_id * 8));
+        load_shared(there, lane_id * 8);
+        load_shared(there, 256 + lane_id * 8);
       },
       "a copy that nobody waited for");
 }
@@ -311,7 +317,7 @@ TEST(TensorDialect, CatchesACopyThatWasNeverCommitted) {
         SHARED_ARRAY(T, there, 256);
         copy_async(there + lane_id * 8, x + lane_id * 8);
         wait_for_copies<0>();
-        load_tiles(there + lane_id * 8);
+        load_shared(there, lane_id * 8);
       },
       "a copy that nobody waited for");
 }
@@ -321,7 +327,7 @@ TEST(TensorDialect, CatchesMisalignedTiles) {
       32, 2,
       [] {
         SHARED_ARRAY(T, there, 512);
-        load_tiles(there + lane_id * 12);
+        load_shared(there, lane_id * 8 + 4);
       },
       "misaligned");
 }

@@ -51,12 +51,6 @@ FUNC Words<4> load_stream(const T* p, uint at) {
   return w;
 }
 
-// Two halves, aligned to both.
-template <typename T>
-FUNC uint load_two(const T* p) {
-  return *reinterpret_cast<const uint*>(p);
-}
-
 // 16 bytes that an earlier kernel may have written while this one was waiting. Through L1: blocks
 // beside each other ask for the same rows, and L2 hands a line out to one reader after the other.
 FUNC Words<4> load_cached(const void* p) {
@@ -207,21 +201,6 @@ FUNC uint transposed(uint halves) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(halves));
   return t;
 }
-// Four 8 x 8 tiles of halves from shared memory, as they are or transposed: lane 8 i + r names row
-// r of tile i.
-#define LOAD_TILES(name, how)                                                              \
-  template <typename T>                                                                    \
-  FUNC Words<4> name(const T* p) {                                                         \
-    Words<4> w;                                                                            \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];" \
-                 : "=r"(w.w[0]), "=r"(w.w[1]), "=r"(w.w[2]), "=r"(w.w[3])                  \
-                 : "r"(uint(__cvta_generic_to_shared(p)))                                  \
-                 : "memory");                                                              \
-    return w;                                                                              \
-  }
-LOAD_TILES(load_tiles, "")
-LOAD_TILES(load_turned, ".trans")
-#undef LOAD_TILES
 
 // The blocks of a cluster meet where all have arrived; what they wrote before is not made visible:
 // that costs a wait for every store of theirs. Values go by send_part instead.
