@@ -9,6 +9,9 @@
 
 inline void let_next_start() {}
 inline void wait_for_inputs() {}
+inline void warp_barrier(emulator::Where where = {}) {
+  emulator::warp_barrier(where);
+}
 
 template <int N>
 struct Integers {
@@ -16,6 +19,10 @@ struct Integers {
 };
 inline Words<4> no_words() {
   return {};
+}
+template <typename P>
+P settled(const P& p) {
+  return p;
 }
 template <typename T>
 T load_one(const emulator::Pointer<const T>& p, emulator::At at) {

@@ -555,11 +555,11 @@ void expect_same(const Choice<K>& a, const Choice<K>& b, size_t row) {
 }
 
 template <int K>
-Choice<K> weighed(const Experts<K>& chosen, const Floats<K>& weights) {
+Choice<K> weighed(uint chosen, float weight) {
   Choice<K> both{};
-  for (int i = 0; i < K; ++i) {
-    both.index[i] = chosen.index[i];
-    both.value[i] = weights.v[i];
+  for (uint i = 0; i < K; ++i) {
+    both.index[i] = shuffle(chosen, i);
+    both.value[i] = shuffle(weight, i);
   }
   return both;
 }
@@ -581,8 +581,9 @@ void compare_softmax(float norm) {
     });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
                      const auto logits = spread_of<E>(rows[r], lane);
-                     const auto chosen = choose_experts<E, K, true>(logits, norm, {}, lane);
-                     return weighed(
+                     const auto chosen =
+                         choose_experts<E, K, true>(logits, norm, {}, lane, [](uint) {});
+                     return weighed<K>(
                          chosen, weigh_experts<E, K, NORM, true>(logits, norm, chosen, 1.0f, lane));
                    }),
                    want, r);
@@ -607,10 +608,10 @@ void compare_sigmoid(float norm, float spread) {
     });
     expect_same<K>(by_a_warp<K>([&](uint lane) {
                      const auto logits = spread_of<E>(rows[r], lane);
-                     const auto chosen =
-                         choose_experts<E, K, false>(logits, norm, spread_of<E>(bias, lane), lane);
-                     return weighed(chosen, weigh_experts<E, K, true, false>(logits, norm, chosen,
-                                                                             1.8f, lane));
+                     const auto chosen = choose_experts<E, K, false>(
+                         logits, norm, spread_of<E>(bias, lane), lane, [](uint) {});
+                     return weighed<K>(chosen, weigh_experts<E, K, true, false>(
+                                                   logits, norm, chosen, 1.8f, lane));
                    }),
                    want, r);
   }

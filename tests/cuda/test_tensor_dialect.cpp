@@ -199,6 +199,42 @@ TEST(TensorDialect, BlocksSendToEachOther) {
   }
 }
 
+// What the 32 threads of a warp write, each reads of the next behind the warp's own barrier.
+TEST(TensorDialect, AWarpsBarrierPublishesToItsLanes) {
+  auto out = Buffer<float>::output(64);
+  const Pointer<float> to(out);
+  for (Order order : kOrders)
+    emulator::dispatch({1, 1, 1}, 64, order, [=] {
+      SHARED_ARRAY(float, there, 64);
+      there[thread_id] = float(thread_id);
+      warp_barrier();
+      to[thread_id] = there[thread_id / 32 * 32 + (lane_id + 1) % 32];
+      warp_barrier();
+      there[thread_id / 32 * 32 + (lane_id + 2) % 32] = 0.0f;
+    });
+  for (uint i = 0; i < 64; ++i) EXPECT_EQ(out.values()[i], float(i / 32 * 32 + (i + 1) % 32));
+}
+
+TEST(TensorDialect, CatchesWhatAWarpsBarrierDoesNotPublish) {
+  const auto reads = [](uint distance, bool between) {
+    return [=] {
+      SHARED_ARRAY(float, there, 64);
+      if (between) warp_barrier();
+      there[thread_id] = 1.0f;
+      if (!between) warp_barrier();
+      if (float(there[(thread_id + distance) % 64]) < 0.0f) group_barrier();
+    };
+  };
+  expect_caught(64, 1, reads(32, false), "thread");  // of the other warp: a race, or not there yet
+  expect_caught(64, 1, reads(1, true), "thread");    // the barrier was before
+  expect_caught(
+      64, 1,
+      [] {
+        if (lane_id != 3) warp_barrier();
+      },
+      "not active");
+}
+
 TEST(TensorDialect, CatchesAPartOutOfLine) {
   expect_caught(
       32, 2,

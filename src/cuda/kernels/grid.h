@@ -39,28 +39,36 @@ struct Tile {
   T scales[2][EACH], biases[2][EACH];
 };
 
-// Rows past `last` repeat it; groups past the last column get a scale of zero. One address a row of
-// each array, the rest is constants.
-template <int COLS, typename T, int ROWS, typename W, typename S>
+// Rows past `last` repeat it; groups past the last column get a scale of zero. WHOLE, of a matrix
+// that ends with a whole tile, past which that one is repeated: one address of each array, the rest
+// is constants, which takes fewer instructions and more registers at once.
+template <int COLS, typename T, int ROWS, bool WHOLE, typename W, typename S>
 FUNC Tile<T, Sharing<ROWS>::EACH> load_tile(Affine<W, S> m, uint row, uint last, uint slice,
                                             uint lane) {
   using Of = Sharing<ROWS>;
   constexpr uint GROUPS = COLS / 64;
+  uint top = WHOLE ? last - 15u : last, n = WHOLE ? row : row + lane / 4u;
+  n = (n < top ? n : top) + (WHOLE ? lane / 4u : 0u);
+  uint apart = GROUPS * (WHOLE || n + 8u <= last ? 8u : last - n), own = Of::group(0, lane);
+  W words = m.weight + (n * (GROUPS * 8u) + lane % 4u * 4u) + slice * 32u;
+  S scales = m.scales + (n * GROUPS + own) + slice * 4u;
+  S biases = m.biases + (n * GROUPS + own) + slice * 4u;
+  if (WHOLE) {
+    words = settled(words);
+    scales = settled(scales);
+    biases = settled(biases);
+  }
   Tile<T, Of::EACH> tile;
   UNROLL for (int h = 0; h < 2; ++h) {
-    uint n = row + lane / 4u + 8u * uint(h);
-    n = n < last ? n : last;
-    uint first = n * GROUPS + slice * 4u, own = Of::group(0, lane);
-    W words = m.weight + (first * 8u + lane % 4u * 4u);
-    S scales = m.scales + (first + own), biases = m.biases + (first + own);
+    uint at = h == 0 ? 0u : apart;
     UNROLL for (int p = 0; p < 2; ++p) {
       bool in = COLS % 256 == 0 || slice * 4u + uint(2 * p) + lane % 4u / 2u < GROUPS;
-      tile.words[h][p] = in ? load_stream(words, 16 * p) : no_words();
+      tile.words[h][p] = in ? load_stream(words, at * 8u + uint(16 * p)) : no_words();
     }
     UNROLL for (int e = 0; e < Of::EACH; ++e) {
       bool in = COLS % 256 == 0 || slice * 4u + own + uint(2 * e) < GROUPS;
-      tile.scales[h][e] = in ? load_one(scales, 2 * e) : T(0.0f);
-      tile.biases[h][e] = in ? load_one(biases, 2 * e) : T(0.0f);
+      tile.scales[h][e] = in ? load_one(scales, at + uint(2 * e)) : T(0.0f);
+      tile.biases[h][e] = in ? load_one(biases, at + uint(2 * e)) : T(0.0f);
     }
   }
   return tile;
@@ -234,24 +242,24 @@ struct Share {
 };
 
 // Its piece i of a matrix's rows from `row` on.
-template <typename T, int COLS, int TILES, int WARPS, int ROWS, typename W, typename S>
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, bool WHOLE, typename W, typename S>
 FUNC Tile<T, Sharing<ROWS>::EACH> load_piece(Affine<W, S> m, uint row, uint last, int i, uint warp,
                                              uint lane) {
   using Of = Share<T, COLS, TILES, WARPS, ROWS>;
   uint piece = warp + uint(i) * WARPS;
   if (!Of::EVEN) piece = piece < uint(Of::PIECES) ? piece : uint(Of::PIECES - 1);
-  return load_tile<COLS, T, ROWS>(m, row + piece / Of::SLICES * 16u, last, piece % Of::SLICES,
-                                  lane);
+  return load_tile<COLS, T, ROWS, WHOLE>(m, row + piece / Of::SLICES * 16u, last,
+                                         piece % Of::SLICES, lane);
 }
 
-template <typename T, int COLS, int TILES, int WARPS, int ROWS, int DEPTH = 0, typename W,
-          typename S>
+template <typename T, int COLS, int TILES, int WARPS, int ROWS, bool WHOLE, int DEPTH = 0,
+          typename W, typename S>
 FUNC Share<T, COLS, TILES, WARPS, ROWS, DEPTH> load_share(Affine<W, S> m, uint row, uint last,
                                                           uint warp, uint lane) {
   using Of = Share<T, COLS, TILES, WARPS, ROWS, DEPTH>;
   Of share;
   UNROLL for (int i = 0; i < Of::HELD; ++i) {
-    share.tiles[i] = load_piece<T, COLS, TILES, WARPS, ROWS>(m, row, last, i, warp, lane);
+    share.tiles[i] = load_piece<T, COLS, TILES, WARPS, ROWS, WHOLE>(m, row, last, i, warp, lane);
   }
   return share;
 }
@@ -333,7 +341,7 @@ FUNC RowPart<COLS, THREADS> gained(RowPart<COLS, THREADS> row,
   return row;
 }
 
-// To the grid, by THREADS threads. A barrier has to follow.
+// To the grid, by THREADS threads. row_barrier() has to follow.
 template <int COLS, int THREADS, typename P, typename F>
 FUNC void row_on_grid(const RowPart<COLS, THREADS>& row, P planes, F steps, F sums,
                       uint thread_at) {
@@ -372,6 +380,17 @@ FUNC void normed_rows_on_grid(X x, int stride, const RowPart<COLS, THREADS>& gai
     normed_row_on_grid<COLS, THREADS>(rows[r], gains, planes + r * plane_words(COLS),
                                       steps + r * GROUPS, sums + r * GROUPS,
                                       squares + r * (THREADS / 32), thread_at);
+  }
+}
+
+// Behind a row that WARPS warps brought to the grid, for each of which pieces of its slices wait. A
+// warp that has all that it needs goes on alone: rows come to the warps of a block one by one.
+template <int COLS, int WARPS>
+FUNC void row_barrier() {
+  if (slices(COLS) % WARPS == 0) {
+    warp_barrier();
+  } else {
+    group_barrier();
   }
 }
 

@@ -36,14 +36,17 @@ FUNC float part_dot(const RowPart<COLS, THREADS>& a, const RowPart<COLS, THREADS
   return sum;
 }
 
-// Each warp's sums in products: [ROWS][EACH][warps]. before: the layer's rows.
-template <int ROWS, int EACH, int K, int N, int THREADS, typename X, typename F>
+template <int ROWS, int N, int THREADS, typename X>
+FUNC void load_rows(RowPart<N, THREADS> (&rows)[ROWS], X x, uint thread_at) {
+  UNROLL for (int i = 0; i < ROWS; ++i) rows[i] = load_row<N, THREADS>(x + i * N, thread_at);
+}
+
+// Each warp's sums in products: [ROWS][EACH][warps]. own: the layer's rows.
+template <int ROWS, int EACH, int K, int N, int THREADS, typename F>
 FUNC void dot_routers(const RouterPart<EACH, K, N, THREADS>& part,
-                      const RowPart<K, THREADS> (&attended)[ROWS], X before, F products,
-                      uint thread_at) {
+                      const RowPart<K, THREADS> (&attended)[ROWS],
+                      const RowPart<N, THREADS> (&own)[ROWS], F products, uint thread_at) {
   constexpr int WARPS = THREADS / 32;
-  RowPart<N, THREADS> own[ROWS];
-  UNROLL for (int i = 0; i < ROWS; ++i) own[i] = load_row<N, THREADS>(before + i * N, thread_at);
   UNROLL for (int i = 0; i < ROWS * EACH; ++i) {
     int row = i / EACH, e = i % EACH;
     float sum = part_dot<N, THREADS>(part.before[e], own[row], 0.0f);

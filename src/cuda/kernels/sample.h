@@ -1,12 +1,10 @@
-// Sampling by many blocks where MLX has one for a row. Comes after moe_router.h.
+// Sampling by many blocks where MLX has one for a row. Comes after moe_router.h and
+// tensor_dialect.h.
 #pragma once
 
 // Of all lanes the largest key and its place, the lowest of equal ones.
 FUNC void first_of_largest(uint& top, uint& place) {
-  for (uint m = 1; m < 32u; m <<= 1) {
-    uint other = shuffle_xor(top, m), there = shuffle_xor(place, m);
-    bool better = other > top || (other == top && there < place);
-    top = better ? other : top;
-    place = better ? there : place;
-  }
+  uint largest = lane_max(top);
+  place = ~lane_max(top == largest ? ~place : 0u);
+  top = largest;
 }

@@ -1,13 +1,9 @@
 // The routers of moe_router.h on fp32 scores, for a warp that finds the maximum of 32 lanes in one
 // instruction: the same choice in the same order, and the same weights, bit for bit. Choosing and
-// weighing are apart, because an expert's matrices wait for the choice alone.
+// weighing are apart, because an expert's matrices wait for the choice alone. Lane c holds the c-th
+// of a row's K experts, in the order in which their outputs are added up, and its weight; the lanes
+// behind them hold nothing of use.
 #pragma once
-
-// A row's experts in the order in which their outputs are added up.
-template <int K>
-struct Experts {
-  uint index[K];
-};
 
 // A row's logits, or a router's biases, spread over the lanes: element i in lane i % 32.
 template <int E, typename L>
@@ -27,33 +23,31 @@ FUNC Spread<E> kept_here(Spread<E> values, uint lane) {
   return values;
 }
 
-// Element i, the same for all lanes, of values that are spread over them.
+// The element at each lane's own index.
 template <int E>
-FUNC float element_of(const Spread<E>& values, uint i) {
-  float value = values.v[0];
-  UNROLL for (int p = 1; p < (E + 31) / 32; ++p) value = i / 32u == uint(p) ? values.v[p] : value;
-  return shuffle(value, i % 32u);
+FUNC float element_at(const Spread<E>& values, uint index) {
+  float value = shuffle(values.v[0], index % 32u);
+  UNROLL for (int p = 1; p < (E + 31) / 32; ++p) {
+    float other = shuffle(values.v[p], index % 32u);
+    value = index / 32u == uint(p) ? other : value;
+  }
+  return value;
 }
 
-template <int E, int K>
-FUNC Floats<K> elements_of(const Spread<E>& values, const Experts<K>& chosen) {
-  Floats<K> elements;
-  UNROLL for (int c = 0; c < K; ++c) elements.v[c] = element_of<E>(values, chosen.index[c]);
-  return elements;
-}
+// What the first K lanes hold.
 template <int K>
-FUNC float sum_of(const Floats<K>& values) {
-  float sum = values.v[0];
-  UNROLL for (int c = 1; c < K; ++c) sum = add_rn(sum, values.v[c]);
+FUNC Floats<K> from_lanes(float own) {
+  Floats<K> all;
+  UNROLL for (int c = 0; c < K; ++c) all.v[c] = shuffle(own, uint(c));
+  return all;
+}
+// Its sum, in their order.
+template <int K>
+FUNC float sum_of_lanes(float own) {
+  Floats<K> all = from_lanes<K>(own);
+  float sum = all.v[0];
+  UNROLL for (int c = 1; c < K; ++c) sum = add_rn(sum, all.v[c]);
   return sum;
-}
-
-// Element i of K that every lane holds.
-template <int K>
-FUNC uint pick_index(const Experts<K>& chosen, uint i) {
-  uint v = chosen.index[0];
-  UNROLL for (int c = 1; c < K; ++c) v = i == uint(c) ? chosen.index[c] : v;
-  return v;
 }
 
 // Of equal keys the highest index or the lowest has the higher rank; ranks begin at 1.
@@ -66,14 +60,20 @@ FUNC uint of_rank(uint rank) {
   return HIGHEST ? rank - 1u : uint(E) - rank;
 }
 
-// The K best keys, best first: two maxima a place, of the keys and of the ranks among equal ones.
+// The lane of the c-th best: the highest are added up last, the lowest first.
+template <int K, bool HIGHEST>
+FUNC uint lane_of(uint c) {
+  return HIGHEST ? uint(K - 1) - c : c;
+}
+
+// The K best keys' experts: two maxima a place, of the keys and of the ranks among equal ones.
 template <int E, int K, bool HIGHEST>
-FUNC Experts<K> choose_exactly(const uint (&keys)[(E + 31) / 32], uint lane) {
+FUNC uint choose_exactly(const uint (&keys)[(E + 31) / 32], uint lane) {
   constexpr int PLACES = (E + 31) / 32;
-  Experts<K> chosen = {};
-  uint ranks[PLACES];
+  uint chosen = 0u, ranks[PLACES];
   UNROLL for (int p = 0; p < PLACES; ++p) ranks[p] = rank_of<E, HIGHEST>(lane + 32u * uint(p));
-  ROLLED for (uint c = 0; c < uint(K); ++c) {
+  uint count = lane_max(uint(K));  // not known to the compiler, which would unroll the loop
+  ROLLED for (uint c = 0; c < count; ++c) {
     uint best = 0u, rank = 0u;
     UNROLL for (int p = 0; p < PLACES; ++p) best = ranks[p] > 0u && keys[p] > best ? keys[p] : best;
     best = lane_max(best);
@@ -82,9 +82,7 @@ FUNC Experts<K> choose_exactly(const uint (&keys)[(E + 31) / 32], uint lane) {
     }
     rank = lane_max(rank);
     UNROLL for (int p = 0; p < PLACES; ++p) ranks[p] = ranks[p] == rank ? 0u : ranks[p];
-    UNROLL for (int i = 0; i < K; ++i) {
-      chosen.index[i] = uint(i) == c ? of_rank<E, HIGHEST>(rank) : chosen.index[i];
-    }
+    chosen = lane == lane_of<K, HIGHEST>(c) ? of_rank<E, HIGHEST>(rank) : chosen;
   }
   return chosen;
 }
@@ -106,15 +104,27 @@ FUNC Packed<E> pack(const uint (&keys)[(E + 31) / 32], uint lane) {
   return packed;
 }
 
-// The best one, which leaves.
+// A lane's own, best first.
+template <int E>
+FUNC void sort_places(Packed<E>& packed) {
+  constexpr int PLACES = (E + 31) / 32;
+  UNROLL for (int i = 0; i < PLACES; ++i) {
+    UNROLL for (int p = 1; p < PLACES - i; ++p) {
+      uint a = packed.v[p - 1], b = packed.v[p];
+      packed.v[p - 1] = a > b ? a : b;
+      packed.v[p] = a > b ? b : a;
+    }
+  }
+}
+
+// The best one of lanes that hold theirs in order. It leaves.
 template <int E>
 FUNC uint take_best(Packed<E>& packed) {
-  uint best = packed.v[0];
-  UNROLL for (int p = 1; p < (E + 31) / 32; ++p) best = packed.v[p] > best ? packed.v[p] : best;
-  best = lane_max(best);
-  UNROLL for (int p = 0; p < (E + 31) / 32; ++p) {
-    packed.v[p] = packed.v[p] == best ? 0u : packed.v[p];
-  }
+  constexpr int LAST = (E + 31) / 32 - 1;
+  uint best = lane_max(packed.v[0]);
+  bool mine = packed.v[0] == best;
+  UNROLL for (int p = 0; p < LAST; ++p) packed.v[p] = mine ? packed.v[p + 1] : packed.v[p];
+  packed.v[LAST] = mine ? 0u : packed.v[LAST];
   return best;
 }
 
@@ -170,24 +180,11 @@ FUNC bool logits_decide(uint top, uint above, uint below, float norm) {
 
 // The K highest scores in ascending order, of equal ones the higher index the later.
 template <int E, int K>
-FUNC Experts<K> choose_scores(const Spread<E>& logits, uint lane) {
+FUNC uint choose_scores(const Spread<E>& logits, uint lane) {
   uint keys[(E + 31) / 32];
   Spread<E> scores = softmax_of<E>(logits, lane);  // not negative: their bits are in order
   UNROLL for (int p = 0; p < (E + 31) / 32; ++p) keys[p] = as_uint(scores.v[p]) & 0x7fffffffu;
-  Experts<K> best = choose_exactly<E, K, true>(keys, lane), ascending;
-  UNROLL for (int c = 0; c < K; ++c) ascending.index[c] = best.index[K - 1 - c];
-  return ascending;
-}
-
-// The chosen ones' scores; NORM divides by their sum.
-template <int E, int K, bool NORM>
-FUNC Floats<K> weigh_softmax(const Spread<E>& logits, const Experts<K>& chosen, uint lane) {
-  Floats<K> weights = elements_of<E, K>(softmax_of<E>(logits, lane), chosen);
-  float sum = sum_of<K>(weights);
-  if (NORM) {
-    UNROLL for (int c = 0; c < K; ++c) weights.v[c] = div_rn(weights.v[c], sum);
-  }
-  return weights;
+  return choose_exactly<E, K, true>(keys, lane);
 }
 
 template <int E>
@@ -210,19 +207,6 @@ FUNC void key_scores(uint (&keys)[(E + 31) / 32], const Spread<E>& logits, const
   }
 }
 
-// Weighted by the score without its bias.
-template <int E, int K, bool NORM>
-FUNC Floats<K> weigh_sigmoid(const Spread<E>& logits, const Experts<K>& chosen, float scaling,
-                             uint lane) {
-  Floats<K> weights = elements_of<E, K>(sigmoid_of<E>(logits, lane), chosen);
-  float sum = add_rn(sum_of<K>(weights), 1e-20f);
-  UNROLL for (int c = 0; c < K; ++c) {
-    float w = NORM && K > 1 ? div_rn(weights.v[c], sum) : weights.v[c];
-    weights.v[c] = mul_rn(w, scaling);
-  }
-  return weights;
-}
-
 // What decides a router's choice. logits lack their norm's scale: a softmax's do without it.
 template <int E, bool SOFTMAX>
 FUNC Packed<E> pack_experts(const Spread<E>& logits, float norm, const Spread<E>& bias, uint lane) {
@@ -238,35 +222,46 @@ FUNC bool order_is_sure(uint top, uint above, uint below, float norm) {
   return (above ^ below) > Packed<E>::LOW;
 }
 template <int E, int K, bool SOFTMAX>
-FUNC Experts<K> choose_surely(const Spread<E>& logits, float norm, const Spread<E>& bias,
-                              uint lane) {
+FUNC uint choose_surely(const Spread<E>& logits, float norm, const Spread<E>& bias, uint lane) {
   if (SOFTMAX) return choose_scores<E, K>(scaled<E>(logits, norm), lane);
   uint keys[(E + 31) / 32];
   key_scores<E>(keys, scaled<E>(logits, norm), bias, lane);
   return choose_exactly<E, K, false>(keys, lane);
 }
-template <int E, int K, bool SOFTMAX>
-FUNC Experts<K> choose_experts(const Spread<E>& logits, float norm, const Spread<E>& bias,
-                               uint lane) {
+
+// fetch(expert) asks for what the choice is for: at once by the order of the packed keys, and again
+// where that turns out not to be the exact one, which is rare.
+template <int E, int K, bool SOFTMAX, typename F>
+FUNC uint choose_experts(const Spread<E>& logits, float norm, const Spread<E>& bias, uint lane,
+                         F fetch) {
   Packed<E> packed = pack_experts<E, SOFTMAX>(logits, norm, bias, lane);
-  uint best[K + 1];
-  UNROLL for (int c = 0; c <= K; ++c) best[c] = take_best<E>(packed);
-  bool sure = true;
-  UNROLL for (int c = 0; c < K; ++c) {
-    sure = sure & order_is_sure<E, SOFTMAX>(best[0], best[c], best[c + 1], norm);
+  sort_places<E>(packed);
+  uint own = 0u, below = 0u, top = 0u;
+  UNROLL for (int c = 0; c <= K; ++c) {
+    uint best = take_best<E>(packed);
+    if (c == 0) top = best;
+    if (c < K) own = lane == lane_of<K, SOFTMAX>(uint(c)) ? best : own;
+    if (c > 0) below = lane == lane_of<K, SOFTMAX>(uint(c - 1)) ? best : below;
   }
-  if (!sure) return choose_surely<E, K, SOFTMAX>(logits, norm, bias, lane);
-  Experts<K> chosen;
-  UNROLL for (int c = 0; c < K; ++c) {
-    uint rank = best[SOFTMAX ? K - 1 - c : c] & Packed<E>::LOW;
-    chosen.index[c] = of_rank<E, SOFTMAX>(rank);
+  uint chosen = of_rank<E, SOFTMAX>(own & Packed<E>::LOW);
+  ROLLED for (bool again = false;; again = true) {
+    fetch(chosen);
+    bool sure = again || lane >= uint(K) || order_is_sure<E, SOFTMAX>(top, own, below, norm);
+    if (lane_max(sure ? 0u : 1u) == 0u) return chosen;
+    chosen = choose_surely<E, K, SOFTMAX>(logits, norm, bias, lane);
   }
-  return chosen;
 }
+
+// A softmax's scores, or a sigmoid's without their bias; NORM divides them by their sum.
 template <int E, int K, bool NORM, bool SOFTMAX>
-FUNC Floats<K> weigh_experts(const Spread<E>& logits, float norm, const Experts<K>& chosen,
-                             float scaling, uint lane) {
+FUNC float weigh_experts(const Spread<E>& logits, float norm, uint chosen, float scaling,
+                         uint lane) {
   Spread<E> whole = scaled<E>(logits, norm);
-  if (SOFTMAX) return weigh_softmax<E, K, NORM>(whole, chosen, lane);
-  return weigh_sigmoid<E, K, NORM>(whole, chosen, scaling, lane);
+  if (SOFTMAX) {
+    float weight = element_at<E>(softmax_of<E>(whole, lane), chosen), sum = sum_of_lanes<K>(weight);
+    return NORM ? div_rn(weight, sum) : weight;
+  }
+  float weight = sigmoid<float>(element_at<E>(whole, chosen));
+  float sum = add_rn(sum_of_lanes<K>(weight), 1e-20f);
+  return mul_rn(NORM && K > 1 ? div_rn(weight, sum) : weight, scaling);
 }

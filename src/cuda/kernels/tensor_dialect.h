@@ -24,10 +24,23 @@ FUNC void wait_for_inputs() {
 #endif
 }
 
+// What a warp's lanes wrote to shared memory before, all of them see behind it.
+FUNC void warp_barrier() {
+  __syncwarp();
+}
+
 template <int N>
 struct Integers {
   int v[N];
 };
+
+// An address that is made here, to which others are added as constants: compilers would rather make
+// each of them from its index.
+template <typename T>
+FUNC const T* settled(const T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
 
 // One 16-bit constant, asked for where it stands.
 template <typename T>
@@ -135,7 +148,15 @@ FUNC Words<4> load_shared(const T* p, uint at) {
 }
 
 FUNC uint lane_max(uint v) {
+#if __CUDA_ARCH__ >= 800
   return __reduce_max_sync(~0u, v);
+#else
+  for (uint m = 16; m > 0; m >>= 1) {
+    uint other = shuffle_xor(v, m);
+    v = other > v ? other : v;
+  }
+  return v;
+#endif
 }
 FUNC uint byte_permute(uint a, uint b, uint selector) {
   return __byte_perm(a, b, selector);

@@ -87,6 +87,7 @@ struct Thread {
   State state = State::ready;
   Where where;
   uint32_t words[kMostWords] = {}, source = 0;
+  uint32_t warp_epoch = 0;
   uint32_t arrived = 0, waited = 0;  // phases of the cluster's barrier
   const SharedBlock* arrivals = nullptr;
   bool has_parts = false;
@@ -259,7 +260,7 @@ void Group::start(Uint3 position, uint32_t rank, uint64_t first, uint32_t thread
   for (Thread& thread : threads_) {
     thread.fiber.prepare(&Group::entry);
     thread.state = State::ready;
-    thread.arrived = thread.waited = 0;
+    thread.warp_epoch = thread.arrived = thread.waited = 0;
     thread.has_parts = false;
     thread.copies.assign(1, {});
   }
@@ -445,6 +446,11 @@ LaneWords exchange(const uint32_t* words, uint32_t count, Where where) {
   return group().seen();
 }
 
+void warp_barrier(Where where) {
+  exchange(nullptr, 0, where);
+  ++group().self().warp_epoch;
+}
+
 void cluster_arrive(Where where) {
   exchange(nullptr, 0, where);  // all lanes of a warp together
   Thread& self = group().self();
@@ -504,12 +510,15 @@ void SharedBlock::check(const At& at, size_t size) const {
   }
 }
 
-// What a thread did is over for this one, and to be seen, when a barrier of the group lies between;
-// what another group sent, when this one waited for it.
+// What a thread did is over for this one, and to be seen, when a barrier of the group lies between,
+// or of their warp; what another group sent, when this one waited for it.
 bool SharedBlock::by_barrier(const Touch& touch) {
   Group& g = group();
   if (touch.epoch == 0) return g.self().has_parts;
-  return touch.thread == static_cast<int32_t>(g.in_cluster()) || touch.epoch != g.epoch();
+  if (touch.epoch != g.epoch()) return true;
+  const auto self = static_cast<int32_t>(g.in_cluster()), width = static_cast<int32_t>(kSimdWidth);
+  if (touch.thread < 0 || touch.thread / width != self / width) return false;
+  return touch.thread == self || touch.warp_epoch < g.self().warp_epoch;
 }
 // It is over, though not to be seen, when the thread arrived at the cluster's barrier afterwards
 // and this one has waited for that.
@@ -518,7 +527,8 @@ bool SharedBlock::by_cluster(const Touch& touch) {
 }
 SharedBlock::Touch SharedBlock::touch(bool remote) {
   Group& g = group();
-  return {static_cast<int32_t>(g.in_cluster()), remote ? 0 : g.epoch(), g.self().arrived + 1};
+  return {static_cast<int32_t>(g.in_cluster()), remote ? 0 : g.epoch(), g.self().warp_epoch,
+          g.self().arrived + 1};
 }
 
 void SharedBlock::on_read(const At& at, size_t size, bool unwritten_too) const {

@@ -7,10 +7,10 @@
 // wrote, two threads that touch one element between two barriers (one of them writing), two threads
 // of a dispatch that write one element of a buffer, a misaligned vector load.
 //
-// For CUDA's own texts also clusters of groups that are alive together, with a barrier in two
-// halves (which publishes nothing) and stores to each other's shared memory, which the receiver
-// counts; matrix operations, which take words from every lane; and copies in the background, which
-// land no earlier than they are waited for.
+// For CUDA's own texts also a warp's own barrier, clusters of groups that are alive together, with
+// a barrier in two halves (which publishes nothing) and stores to each other's shared memory, which
+// the receiver counts; matrix operations, which take words from every lane; and copies in the
+// background, which land no earlier than they are waited for.
 #pragma once
 
 #include <cstdint>
@@ -69,6 +69,7 @@ Uint3 group_count();
 // The running dispatch and, in the low 32 bits, the thread in it from 1 on; 0 outside a kernel.
 uint64_t thread_in_dispatch();
 void barrier(Where where);
+void warp_barrier(Where where);  // publishes what its lanes did to its lanes
 uint32_t shuffle(uint32_t value, uint32_t source_lane, Where where);
 
 // What each lane of the simdgroup gave to exchange(), until the thread's next simd operation.
@@ -115,6 +116,7 @@ class SharedBlock {
   struct Touch {
     int32_t thread = kNobody;  // in the cluster
     uint32_t epoch = 0;        // barriers of the group so far; 0 from elsewhere
+    uint32_t warp_epoch = 0;   // and of the thread's warp
     uint32_t phase = 0;        // arrival at the cluster's barrier that comes next
   };
   struct Shadow {
