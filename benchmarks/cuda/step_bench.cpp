@@ -1,7 +1,9 @@
 // The decode step on a CUDA device at true geometry with random weights: compared with the CPU's
 // executor on the first layers, its bits under batch, graph and overlap, one long generation with
 // and without overlap, then tokens a second and each kernel. Speed does not depend on the values.
-//   step_bench qwen|glm [check] [time] [long=N] [layers=N] [context=N,N] [rows=N,N] [tokens=N]
+// Tokens are chosen in the graph; apart: by MLX's graph, from logits, as under mlx-lm.
+//   step_bench qwen|glm [check] [time] [apart] [long=N] [layers=N] [context=N,N] [rows=N,N]
+//              [tokens=N]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -27,7 +29,7 @@ namespace {
 
 struct Options {
   std::string family;
-  bool check = false, time = false;
+  bool check = false, time = false, apart = false;
   int layers = 0, tokens = 200, generation = 0;
   std::vector<int> contexts = {1024}, rows = {1};
 };
@@ -327,19 +329,45 @@ bool check(const Options& o, RandomModel& m) {
 }
 
 // Greedy tokens from an empty cache on, each fed to the next step without the host in between.
-std::vector<uint32_t> generation(const RandomModel& m, int count) {
+// apart: chosen by MLX's graph.
+std::vector<uint32_t> generation(const RandomModel& m, int count, bool apart = false) {
   moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
   auto caches = caches_of(decoder, 1, count, mx::Device::gpu);
   std::vector<mx::array> tokens = {mx::full({1}, 5, mx::uint32)};
   for (int slot = 0; slot < count; ++slot) {
-    tokens.push_back(
-        moefuse::sample_greedy(decoder.step({{0, 0, slot, 0, slot}}, caches, tokens.back())));
-    mx::async_eval(tokens.back());
+    const std::vector<moefuse::StepRow> row = {{0, 0, slot, 0, slot}};
+    tokens.push_back(apart ? moefuse::sample_greedy(decoder.step(row, caches, tokens.back()))
+                           : decoder.greedy(row, caches, tokens.back()));
+    if (apart || slot % 100 == 99) mx::async_eval(tokens.back());
   }
   mx::array all = mx::concatenate(tokens, 0);
   all.eval();
   mx::synchronize(mx::default_stream(mx::Device::gpu));
   return {all.data<uint32_t>(), all.data<uint32_t>() + all.size()};
+}
+
+// Several rows' tokens, read before the next ones and left on their way.
+bool check_greedy(const Options& o, const RandomModel& m) {
+  bool same = generation(m, 300) == generation(m, 300, true);
+  for (int rows : {1, 3}) {
+    moefuse::Decoder decoder(m.model, Accumulate::fp32_no_fma);
+    auto caches = caches_of(decoder, rows, 2100, mx::Device::gpu);
+    std::vector<mx::array> left;
+    for (int slot = 2000; slot < 2090; ++slot) {  // a stretch begins in between
+      std::vector<moefuse::StepRow> list;
+      for (int r = 0; r < rows; ++r) list.push_back({uint32_t(7 * slot + r), r, slot, 0, slot});
+      left.push_back(decoder.greedy(list, caches));
+      const mx::array want = mx::argmax(decoder.step(list, caches), -1);
+      same = mx::array_equal(want, decoder.greedy(list, caches)).item<bool>() && same;
+      if (slot % 7 == 0) same = mx::array_equal(want, left.back()).item<bool>() && same;
+      left.push_back(want);
+    }
+    for (size_t i = 0; i < left.size(); i += 2)
+      same = mx::array_equal(left[i], left[i + 1]).item<bool>() && same;
+  }
+  std::printf("%s: tokens chosen in the graph are those of its logits: %s\n", o.family.c_str(),
+              same ? "yes" : "NO");
+  return same;
 }
 
 bool check_generation(const Options& o, const RandomModel& m) {
@@ -370,10 +398,11 @@ void time_tokens(const Options& o, RandomModel& m, int context, int rows) {
     for (int i = 0; i < count; ++i, ++slot) {
       std::vector<moefuse::StepRow> list;
       for (int r = 0; r < rows; ++r) list.push_back({next_token(), r, slot, 0, slot});
-      const mx::array logits =
-          rows > 1 ? decoder.step(list, caches) : decoder.step(list, caches, token);
-      token = moefuse::sample_greedy(logits);
-      mx::async_eval(token);
+      std::optional<mx::array> given;
+      if (rows == 1) given = token;
+      token = o.apart ? moefuse::sample_greedy(decoder.step(list, caches, given))
+                      : decoder.greedy(list, caches, given);
+      if (o.apart || i % 8 == 7) mx::async_eval(token);
     }
     token.eval();
     mx::synchronize(mx::default_stream(mx::Device::gpu));
@@ -388,9 +417,10 @@ void time_tokens(const Options& o, RandomModel& m, int context, int rows) {
   }
   std::sort(rates.begin(), rates.end());
   std::printf(
-      "%s %d layers context %d rows %d: %.1f steps/s (%.1f to %.1f), %.1f tok/s, peak %.2f GB\n",
-      o.family.c_str(), m.model.config.num_hidden_layers, context, rows, rates[1], rates[0],
-      rates[2], rates[1] * rows, mx::get_peak_memory() / 1e9);
+      "%s %d layers context %d rows %d%s: %.1f steps/s (%.1f to %.1f), %.1f tok/s, peak %.2f GB\n",
+      o.family.c_str(), m.model.config.num_hidden_layers, context, rows,
+      o.apart ? ", sampled apart" : "", rates[1], rates[0], rates[2], rates[1] * rows,
+      mx::get_peak_memory() / 1e9);
   std::fflush(stdout);
   if (context != o.contexts[0]) return;
   for (const char* what : {"first", "second"}) {  // caches anew
@@ -420,6 +450,8 @@ int main(int argc, char** argv) {
       o.check = true;
     else if (arg == "time")
       o.time = true;
+    else if (arg == "apart")
+      o.apart = true;
     else if (arg.rfind("layers=", 0) == 0)
       o.layers = std::stoi(value);
     else if (arg.rfind("long=", 0) == 0)
@@ -449,7 +481,7 @@ int main(int argc, char** argv) {
     std::printf("%s, %d layers: %.2f GB\n", o.family.c_str(), layers,
                 mx::get_active_memory() / 1e9);
     std::fflush(stdout);
-    bool passed = !o.check || check(o, m);
+    bool passed = !o.check || (check(o, m) && check_greedy(o, m));
     if (o.generation) passed = check_generation(o, m) && passed;
     if (o.time)
       for (int rows : o.rows)

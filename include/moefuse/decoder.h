@@ -67,6 +67,11 @@ class Decoder {
   // have.
   mx::array step(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches,
                  const std::optional<mx::array>& tokens = {});
+  // The token after each row's, [rows] uint32: sample_greedy of the step's logits. On CUDA both are
+  // one launch, and the tokens can be given to the next call as they are: nothing but the GPU's
+  // memory lies between one token and the next.
+  mx::array greedy(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches,
+                   const std::optional<mx::array>& tokens = {});
   void wait();
 
   // On CUDA, after a step of as many rows: {calls, microseconds each} of each kernel on its own.

@@ -32,6 +32,7 @@ std::vector<moefuse::LayerCache> layer_caches(const nb::list& keys, const nb::li
   return caches;
 }
 
+template <bool GREEDY>
 mx::array step(moefuse::Decoder& decoder, const std::vector<Row>& rows, const nb::list& keys,
                const nb::list& values, const std::optional<mx::array>& tokens) {
   std::vector<moefuse::StepRow> list;
@@ -40,7 +41,7 @@ mx::array step(moefuse::Decoder& decoder, const std::vector<Row>& rows, const nb
     list.push_back({token, sequence, position, first, slot});
   auto caches = layer_caches(keys, values);
   nb::gil_scoped_release release;
-  return decoder.step(list, caches, tokens);
+  return GREEDY ? decoder.greedy(list, caches, tokens) : decoder.step(list, caches, tokens);
 }
 
 nb::list stages(const moefuse::Decoder& decoder) {
@@ -74,10 +75,13 @@ void bind_decoder(nb::module_& m) {
           },
           "config"_a, "weights"_a, "accumulate"_a,
           "config: the text of a config.json; weights: arrays by mlx-lm's names, not copied.")
-      .def("step", &step, "rows"_a, "keys"_a, "values"_a, "tokens"_a = nb::none(),
+      .def("step", &step<false>, "rows"_a, "keys"_a, "values"_a, "tokens"_a = nb::none(),
            "rows: (token, sequence, position, first, slot); keys and values: a cache's arrays, one "
            "for each layer, written in place; tokens: [rows], in place of the rows' own, which on "
            "CUDA may still be on their way. Returns logits [rows, vocab_size].")
+      .def("greedy", &step<true>, "rows"_a, "keys"_a, "values"_a, "tokens"_a = nb::none(),
+           "step() and sample_greedy() of its logits: the next tokens [rows]. On CUDA one launch, "
+           "whose tokens the next call takes before they are known here.")
       .def("wait", &moefuse::Decoder::wait, nb::call_guard<nb::gil_scoped_release>(),
            "Ends when the steps so far have.")
       .def("kernel_times", &moefuse::Decoder::kernel_times, "rows"_a,

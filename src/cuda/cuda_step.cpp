@@ -5,6 +5,7 @@
 
 #include "metal/step_limits.h"
 #include "ops/checks.h"
+#include "ops/sample_greedy.h"
 
 namespace moefuse::cuda {
 
@@ -41,9 +42,10 @@ CudaStep::CudaStep(const Plan& plan, Accumulate accumulate)
 CudaStep::~CudaStep() = default;
 
 // The graph of this many rows and stretches, on these caches.
-Replay& CudaStep::recorded(int rows, int longest, const std::vector<LayerCache>& caches) {
+Replay& CudaStep::recorded(int rows, int longest, bool greedy,
+                           const std::vector<LayerCache>& caches) {
   const int splits = cache_splits(plan_.config, longest);
-  std::unique_ptr<Replay>& found = recorded_[{rows, splits}];
+  std::unique_ptr<Replay>& found = recorded_[{rows, splits, greedy}];
   if (found) {
     if (auto addresses = addresses_of(caches); addresses != found->borrowed()) {
       wait();
@@ -60,13 +62,13 @@ Replay& CudaStep::recorded(int rows, int longest, const std::vector<LayerCache>&
                                                add, multiprocessors(), splits)
                                         .walk()
                                   : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
-  replay->record(logits, arrays_of(caches));
+  replay->record(greedy ? sample_by_parts(logits, add) : logits, arrays_of(caches));
   found = std::move(replay);
   return *found;
 }
 
 mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
-                        const std::optional<mx::array>& tokens) {
+                        const std::optional<mx::array>& tokens, bool greedy) {
   metal::check_rows(rows, caches);
   ++calls_;
   const mx::Stream s = mx::default_stream(mx::Device::gpu);
@@ -74,7 +76,7 @@ mx::array CudaStep::run(const std::vector<StepRow>& rows, const std::vector<Laye
   stream_ = s;
   int longest = 0;
   for (const StepRow& row : rows) longest = std::max(longest, row.slot - row.first);
-  Replay& replay = recorded(static_cast<int>(rows.size()), longest, caches);
+  Replay& replay = recorded(static_cast<int>(rows.size()), longest, greedy, caches);
   const auto ids = metal::tokens_of(rows);
   const auto places = metal::places_of(rows, caches[0].keys.shape(2));
   const auto angles = metal::angles_of(rows, metal::rope_of(plan_));
@@ -90,8 +92,8 @@ void CudaStep::wait() {
 }
 
 std::map<std::string, std::pair<int, double>> CudaStep::kernel_times(int rows) {
-  const auto found = recorded_.lower_bound({rows, 0});
-  if (found == recorded_.end() || found->first.first != rows || !found->second)
+  const auto found = recorded_.lower_bound({rows, 0, false});
+  if (found == recorded_.end() || std::get<0>(found->first) != rows || !found->second)
     fail("step", "rows", "a step of as many rows before", std::to_string(rows));
   wait();
   return found->second->times();

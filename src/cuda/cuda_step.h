@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -28,8 +29,9 @@ class CudaStep {
   // outside of that stream calls wait() first. Rows and caches are checked by the caller; two rows
   // of one sequence throw std::invalid_argument. tokens: [rows] uint32 in place of the rows' own,
   // not yet known to the host.
+  // greedy: the next tokens instead, [rows] uint32, chosen in the graph.
   mx::array run(const std::vector<StepRow>& rows, const std::vector<LayerCache>& caches,
-                const std::optional<mx::array>& tokens = {});
+                const std::optional<mx::array>& tokens = {}, bool greedy = false);
   void wait();
 
   // After a step of as many rows: {calls, microseconds each} of each kernel, alone.
@@ -38,15 +40,15 @@ class CudaStep {
 
  private:
   // longest: positions before the newest in the longest row.
-  Replay& recorded(int rows, int longest, const std::vector<LayerCache>& caches);
+  Replay& recorded(int rows, int longest, bool greedy, const std::vector<LayerCache>& caches);
 
   Plan plan_;
   Accumulate accumulate_;
   metal::Constants constants_;
   FoldedRouters routers_;
   bool tensor_;  // the walk of CUDA's own kernels takes the plan
-  // By rows and stretches of the longest.
-  std::map<std::pair<int, int>, std::unique_ptr<Replay>> recorded_;
+  // By rows, stretches of the longest, and whether the tokens are chosen too.
+  std::map<std::tuple<int, int, bool>, std::unique_ptr<Replay>> recorded_;
   std::optional<mx::Stream> stream_;  // of the last step
   int64_t calls_ = 0;
 };

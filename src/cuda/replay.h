@@ -55,7 +55,8 @@ class Replay {
   void borrow(const std::vector<void*>& addresses);
 
   // Launched on MLX's default GPU stream, not waited for; evaluating the result only takes note of
-  // it. tokens: on the device, [rows] uint32, in the place of the feed's.
+  // it. tokens: on the device, [rows] uint32, in the place of the feed's; those of a step that is
+  // on its way need not be evaluated.
   mx::array run(const Feed& feed, const std::optional<mx::array>& tokens);
 
   // Microseconds of each kernel's calls, all calls of one name behind each other: {calls, us each}.
@@ -79,10 +80,12 @@ class Replay {
   void capture();
   void enqueue(const Feed& feed, const std::vector<mx::array>& tokens, const mx::array& result,
                Stream stream);
+  mx::array in_flight(const mx::array& tokens, mx::Stream s) const;
 
   int rows_, width_;
   bool overlap_;
   mx::array tokens_, places_, angles_, result_at_;
+  mx::Shape shape_;  // of a result, and arrays for it
   std::optional<Turns> results_;
   std::vector<Node> nodes_;
   std::vector<void*> addresses_;  // of the borrowed arrays

@@ -5,6 +5,7 @@
 #include "cuda/cuda_step.h"
 #include "decode/cpu_step.h"
 #include "metal/metal_step.h"
+#include "moefuse/ops.h"
 #include "ops/checks.h"
 
 namespace moefuse {
@@ -81,6 +82,11 @@ struct Decoder::Impl {
     for (size_t i = 0; i < rows.size(); ++i) check_row(rows[i], caches[0], i);
   }
 
+  mx::array run(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches,
+                const std::optional<mx::array>& tokens, bool greedy);
+  // By the CPU's executor: logits.
+  mx::array run_here(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches);
+
   Plan plan;
   bool exact;
   std::unique_ptr<Executor> executor;
@@ -103,8 +109,17 @@ Decoder::Decoder(const Model& model, Accumulate accumulate) {
 Decoder::~Decoder() = default;
 Decoder::Decoder(Decoder&&) noexcept = default;
 
-mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCache>& caches,
+mx::array Decoder::step(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches,
                         const std::optional<mx::array>& tokens) {
+  return impl_->run(rows, caches, tokens, false);
+}
+mx::array Decoder::greedy(const std::vector<StepRow>& rows, std::vector<LayerCache>& caches,
+                          const std::optional<mx::array>& tokens) {
+  return impl_->run(rows, caches, tokens, true);
+}
+
+mx::array Decoder::Impl::run(const std::vector<StepRow>& given, std::vector<LayerCache>& caches,
+                             const std::optional<mx::array>& tokens, bool greedy) {
   std::vector<StepRow> rows = given;
   std::optional<mx::array> ids;
   if (tokens) {
@@ -112,15 +127,20 @@ mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCach
     check_shape(kWhere, "tokens", *tokens, {static_cast<int>(rows.size())});
     ids = mx::astype(*tokens, mx::uint32);
   }
-  if (ids && !impl_->cuda_step) {
+  if (ids && !cuda_step) {
     ids->eval();
     for (size_t i = 0; i < rows.size(); ++i) rows[i].token = ids->data<uint32_t>()[i];
   }
-  impl_->check(rows, caches);
-  if (impl_->cuda_step) return impl_->cuda_step->run(rows, caches, ids);
-  if (impl_->metal_step) return impl_->metal_step->run(rows, caches);
-  const int vocab = impl_->plan.config.vocab_size, count = static_cast<int>(rows.size());
-  const mx::Dtype dtype = impl_->exact ? impl_->plan.dtype : mx::float32;
+  check(rows, caches);
+  if (cuda_step) return cuda_step->run(rows, caches, ids, greedy);
+  const mx::array logits = metal_step ? metal_step->run(rows, caches) : run_here(rows, caches);
+  return greedy ? sample_greedy(logits) : logits;
+}
+
+mx::array Decoder::Impl::run_here(const std::vector<StepRow>& rows,
+                                  std::vector<LayerCache>& caches) {
+  const int vocab = plan.config.vocab_size, count = static_cast<int>(rows.size());
+  const mx::Dtype dtype = exact ? plan.dtype : mx::float32;
   mx::array logits(mx::allocator::malloc(size_t(count) * vocab * dtype.size()),
                    mx::Shape{count, vocab}, dtype);
   std::vector<CacheView> views;
@@ -128,7 +148,7 @@ mx::array Decoder::step(const std::vector<StepRow>& given, std::vector<LayerCach
   for (LayerCache& c : caches)
     views.push_back({c.keys.data<char>(), c.values.data<char>(), c.keys.shape(2)});
   std::visit([&]<class A>(CpuStep<A>& step) { step.run(rows, views, logits.data<A>()); },
-             *impl_->executor);
+             *executor);
   return logits;
 }
 

@@ -17,7 +17,8 @@ const std::string kRouter = kMath + text::moe_router_h;
 const std::string kCombine = kMath + text::moe_combine_h;
 const std::string kAffine = kMath + text::affine_h;
 const std::string kExperts = kAffine + text::moe_experts_h;
-const std::string kSampling = kExperts + text::moe_router_h + text::sample_h;  // and folding
+const std::string kSampling =  // and folding
+    kExperts + text::moe_router_h + text::tensor_dialect_h + text::sample_h;
 const std::string kDown = kExperts + text::moe_combine_h;
 const std::string kNorm = kMath + text::norm_h;
 const std::string kNormAffine = kNorm + text::affine_h + text::moe_experts_h;
@@ -62,15 +63,15 @@ std::vector<KernelText> build_table() {
   KERNEL(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE, kExperts)
   KERNEL(moe_experts_down_residual, MOE_EXPERTS_DOWN_RESIDUAL_SIGNATURE, kDown)
   KERNEL(moe_experts_down_shared, MOE_EXPERTS_DOWN_SHARED_SIGNATURE, kDown)
-#define CUDA_KERNEL(stem, signature)                                 \
-  {                                                                  \
-    KernelText k;                                                    \
-    k.name = "moefuse_" #stem;                                       \
-    k.cuda_header = text::dialect_cuda_h + kSampling;                \
-    k.cuda_body = text::stem##_body;                                 \
-    k.waits = true;                                                  \
-    if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster; \
-    signature table.push_back(k);                                    \
+#define CUDA_KERNEL(stem, signature)                                    \
+  {                                                                     \
+    KernelText k;                                                       \
+    k.name = "moefuse_" #stem;                                          \
+    k.cuda_header = text::dialect_cuda_h + kSampling;                   \
+    k.cuda_body = text::stem##_body;                                    \
+    k.waits = k.cuda_body.find("wait_for_inputs") != std::string::npos; \
+    if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster;    \
+    signature table.push_back(k);                                       \
   }
   MOEFUSE_GRID_KERNELS(CUDA_KERNEL)
   MOEFUSE_CLUSTER_KERNELS(CUDA_KERNEL)
@@ -104,7 +105,7 @@ std::string cuda_header() {
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (const auto& k : table())
-    if (!k.waits) names.push_back(k.name.substr(sizeof("moefuse_") - 1));
+    if (!k.metal_body.empty()) names.push_back(k.name.substr(sizeof("moefuse_") - 1));
   return names;
 }
 

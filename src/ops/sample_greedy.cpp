@@ -1,4 +1,5 @@
-#include "metal/launch.h"
+#include "ops/sample_greedy.h"
+
 #include "mlx/backend/cuda/cuda.h"
 #include "ops/checks.h"
 
@@ -9,28 +10,26 @@ namespace {
 constexpr const char* kOp = "sample_greedy";
 constexpr int kThreads = 256, kPart = 2048;  // as in cuda/kernels/sample_greedy_parts.body
 
-mx::array by_parts(const mx::array& logits, mx::StreamOrDevice s) {
+}  // namespace
+
+mx::array sample_by_parts(const mx::array& logits, const metal::Walk::Launcher& launcher) {
   const int n = logits.shape(-1), rows = static_cast<int>(logits.size() / n);
   const int parts = metal::blocks(n, kPart);
-  const auto best = metal::launch({&metal::kernel_text("sample_greedy_parts"),
-                                   {logits},
-                                   {logits.dtype(), n},
-                                   {{rows, parts}, {rows, parts}},
-                                   {mx::uint32, mx::uint32},
-                                   {parts, rows, 1},
-                                   kThreads},
-                                  s);
-  return metal::launch({&metal::kernel_text("sample_greedy"),
-                        {best[0], best[1]},
-                        {parts},
-                        {{logits.shape().begin(), logits.shape().end() - 1}},
-                        {mx::uint32},
-                        {rows, 1, 1},
-                        32},
-                       s)[0];
+  const auto best = launcher({&metal::kernel_text("sample_greedy_parts"),
+                              {logits},
+                              {logits.dtype(), n},
+                              {{rows, parts}, {rows, parts}},
+                              {mx::uint32, mx::uint32},
+                              {parts, rows, 1},
+                              kThreads});
+  return launcher({&metal::kernel_text("sample_greedy"),
+                   {best[0], best[1]},
+                   {parts},
+                   {{logits.shape().begin(), logits.shape().end() - 1}},
+                   {mx::uint32},
+                   {rows, 1, 1},
+                   32})[0];
 }
-
-}  // namespace
 
 mx::array sample_greedy(const mx::array& logits, mx::StreamOrDevice s) {
   check_float(kOp, "logits", logits);
@@ -39,7 +38,8 @@ mx::array sample_greedy(const mx::array& logits, mx::StreamOrDevice s) {
   if (!metal::serves(s) || !(mx::cu::is_available() || metal::emulated()))
     return mx::argmax(logits, -1, false, s);
   count(kOp, "cuda");
-  return by_parts(row_contiguous(logits, s), s);
+  return sample_by_parts(row_contiguous(logits, s),
+                         [&](const metal::Call& call) { return metal::launch(call, s); });
 }
 
 }  // namespace moefuse
