@@ -652,6 +652,7 @@ def generate(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from . import ahead
     from .lab import checkpoint
     from .lab import variants as specs
 
@@ -667,7 +668,11 @@ def generate(
     }
     last, said = None, ""
     with specs.applied(loaded, variant, _engine()) as report:
-        for last in stream_generate(loaded, tokenizer, text, max_tokens=max_tokens, **sampling):
+        if temp == 0.0 and repetition_penalty is None and ahead.serves(loaded):
+            pieces = ahead.stream(loaded, tokenizer, text, max_tokens)
+        else:
+            pieces = stream_generate(loaded, tokenizer, text, max_tokens=max_tokens, **sampling)
+        for last in pieces:
             said += last.text
             if not as_json:
                 sys.stdout.write(last.text)

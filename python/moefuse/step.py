@@ -93,6 +93,19 @@ class Step:
             level = logging.INFO if expected else logging.WARNING
             log.log(level, "stock path instead of the fused one: %s", text)
 
+    def take(self, tokens, cache, greedy: bool = False) -> mx.array:
+        """One step of a call that refusal() has nothing against: logits [rows, vocab_size].
+
+        tokens: [rows]. greedy: the next tokens [rows] in their place.
+        """
+        decoder, rows = self._decoder, _rows([0] * tokens.size, cache[0])
+        _make_room(cache, len(rows), decoder.cache_shape, decoder.dtype)
+        call = decoder.greedy if greedy else decoder.step
+        made = call(rows, [c.keys for c in cache], [c.values for c in cache], tokens)
+        _advance(cache, rows)
+        self.calls["step"] += 1
+        return made
+
     def refusal(self, inputs, cache, extra) -> tuple[str, bool] | None:
         """Why a call is not the step's, and whether that is a part of normal use."""
         if self.model.training:
@@ -200,14 +213,7 @@ def _call(model, inputs, cache=None, **extra):
         step.fell(*refusal)
         step.wait()
         return step.stock.__call__(model, inputs, cache, **extra)
-    decoder = step._decoder  # refusal() has just looked
-    tokens = inputs.reshape(-1)
-    rows = _rows([0] * tokens.size, cache[0])
-    _make_room(cache, len(rows), decoder.cache_shape, decoder.dtype)
-    logits = decoder.step(rows, [c.keys for c in cache], [c.values for c in cache], tokens)
-    _advance(cache, rows)
-    step.calls["step"] += 1
-    return mx.expand_dims(logits, 1)
+    return mx.expand_dims(step.take(inputs.reshape(-1), cache), 1)
 
 
 def attach(model, accumulate: str) -> Step:
