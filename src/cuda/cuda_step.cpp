@@ -57,12 +57,16 @@ Replay& CudaStep::recorded(int rows, int longest, bool greedy,
   const metal::WalkInputs inputs = {rows, caches, replay->tokens(), replay->places(),
                                     replay->angles()};
   const auto add = [&](const metal::Call& call) { return replay->add(call); };
-  const bool tensor = tensor_ && rows <= kTensorRows;
-  const mx::array logits = tensor ? TensorWalk(plan_, accumulate_, constants_, routers_, inputs,
-                                               add, multiprocessors(), splits)
-                                        .walk()
-                                  : metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
-  replay->record(greedy ? sample_by_parts(logits, add) : logits, arrays_of(caches));
+  mx::array result{0};
+  if (tensor_ && rows <= kTensorRows) {
+    result = TensorWalk(plan_, accumulate_, constants_, routers_, inputs, add, multiprocessors(),
+                        splits, greedy)
+                 .walk();
+  } else {
+    result = metal::Walk(plan_, accumulate_, constants_, inputs, add).walk();
+    if (greedy) result = sample_by_parts(result, add);
+  }
+  replay->record(result, arrays_of(caches));
   found = std::move(replay);
   return *found;
 }

@@ -181,11 +181,12 @@ const mx::array& FoldedRouters::of(int layer, const Router& router, const Matrix
 
 TensorWalk::TensorWalk(const Plan& p, Accumulate a, metal::Constants& constants,
                        FoldedRouters& routers, const metal::WalkInputs& inputs, Launcher launcher,
-                       int multiprocessors, int splits)
+                       int multiprocessors, int splits, bool greedy)
     : metal::Walk(p, a, constants, inputs, std::move(launcher)),
       routers_(routers),
       multiprocessors_(multiprocessors),
       splits_(splits),
+      greedy_(greedy),
       most_splits_(splits == 1 ? 1 : most_splits(p.config)) {
   wide_constants = true;
   activations = mx::float32;
@@ -438,10 +439,20 @@ void TensorWalk::run(const Head& s) {
   const Matrix& m = s.lm_head;
   // Two pieces on their way for each warp; four rows leave registers for one block only.
   const int depth = slices(m.cols) % 2 == 0 ? 2 : 1, resident = rows > 2 ? 1 : 2;
-  logits = output("grid_head",
-                  {hidden, s.norm.weight, constant(s.norm.eps), m.weight, m.scales, m.biases},
-                  {dtype, rows, depth, m.cols, m.rows}, {rows, m.rows},
-                  {resident * multiprocessors_, 1, 1}, kThreads, resident);
+  const int blocks = resident * multiprocessors_;
+  const std::vector<mx::array> inputs = {hidden,   s.norm.weight, constant(s.norm.eps),
+                                         m.weight, m.scales,      m.biases};
+  std::vector<Arg> args = {dtype, rows, depth, m.cols, m.rows};
+  if (!greedy_) {
+    result = output("grid_head", inputs, args, {rows, m.rows}, {blocks, 1, 1}, kThreads, resident);
+    return;
+  }
+  args.push_back(blocks);
+  const mx::Shape best = {rows, blocks};
+  const auto parts = outputs("grid_head_greedy", inputs, args, {best, best},
+                             {mx::uint32, mx::uint32}, {blocks, 1, 1}, kThreads, 0, resident);
+  result = outputs("sample_greedy", {parts[0], parts[1]}, {blocks}, {{rows}}, {mx::uint32},
+                   {rows, 1, 1}, 32)[0];
 }
 
 }  // namespace moefuse::cuda

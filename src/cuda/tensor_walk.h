@@ -35,10 +35,11 @@ class FoldedRouters {
 class TensorWalk : public metal::Walk {
  public:
   // multiprocessors: of the device. splits: stretches that the longest row asks for, as
-  // cache_splits() says.
+  // cache_splits() says. greedy: the walk's result is not logits but each row's token, [rows]
+  // uint32, where its largest logit stands.
   TensorWalk(const Plan& plan, Accumulate accumulate, metal::Constants& constants,
              FoldedRouters& routers, const metal::WalkInputs& inputs, Launcher launcher,
-             int multiprocessors, int splits);
+             int multiprocessors, int splits, bool greedy = false);
 
  protected:
   using metal::Walk::run;
@@ -83,6 +84,7 @@ class TensorWalk : public metal::Walk {
 
   FoldedRouters& routers_;
   const int multiprocessors_, splits_;
+  const bool greedy_;
   // What the texts are made for: the most that there may be, as a new text takes a second to
   // compile, or one.
   const int most_splits_;

@@ -99,7 +99,7 @@ std::string cuda_header() {
          text::affine_h + text::moe_combine_h + text::moe_experts_h + text::moe_router_h +
          text::tensor_dialect_h + text::grid_h + text::route_h + text::select_h +
          text::stretches_h + text::attend_h + text::attend_grouped_h + text::warpgroup_h +
-         text::attend_latent_h + text::sample_h;
+         text::attend_latent_h + text::sample_h + text::head_h;
 }
 
 std::vector<std::string> kernel_names() {

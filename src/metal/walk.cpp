@@ -34,7 +34,7 @@ mx::array Walk::walk() {
     layer = stage.layer;
     std::visit([&](const auto& s) { run(s); }, stage.work);
   }
-  return logits;
+  return result;
 }
 
 void Walk::append(std::vector<mx::array>& inputs, const Matrix& m) {
@@ -220,7 +220,7 @@ void Walk::run(const DenseDown& s) {
 }
 
 void Walk::run(const Head& s) {
-  logits = project(hidden, s.norm, s.lm_head, nullptr, nullptr);
+  result = project(hidden, s.norm, s.lm_head, nullptr, nullptr);
 }
 
 // The family has one rotary embedding, the same in every layer.

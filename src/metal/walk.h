@@ -78,7 +78,8 @@ class Walk {
   const GroupedAttention* grouped = nullptr;
   const LatentQuery* latent = nullptr;
   mx::array hidden{0}, projected{0}, query{0}, partial{0}, stats{0}, attended{0};
-  mx::array normed{0}, indices{0}, weights{0}, inner{0}, logits{0};
+  mx::array normed{0}, indices{0}, weights{0}, inner{0};
+  mx::array result{0};  // of walk()
 
  private:
   mx::array project(const mx::array& x, const Norm& norm, const Matrix& a, const Matrix* b,

@@ -5,7 +5,8 @@
 #include "cuda/tensor_walk.h"
 
 // The calls of a step of so many rows, none of which is run, as for 132 multiprocessors.
-inline std::vector<moefuse::metal::Call> calls_of(const moefuse::Plan& plan, int rows, int splits) {
+inline std::vector<moefuse::metal::Call> calls_of(const moefuse::Plan& plan, int rows, int splits,
+                                                  bool greedy = false) {
   namespace mx = mlx::core;
   namespace metal = moefuse::metal;
   std::vector<metal::Call> calls;
@@ -27,7 +28,7 @@ inline std::vector<moefuse::metal::Call> calls_of(const moefuse::Plan& plan, int
                                     mx::zeros({rows, 4}, mx::uint32),
                                     mx::zeros({rows, metal::rope_of(plan).dims})};
   moefuse::cuda::TensorWalk(plan, moefuse::Accumulate::fp32_no_fma, constants, routers, inputs,
-                            collect, 132, splits)
+                            collect, 132, splits, greedy)
       .walk();
   return calls;
 }

@@ -10,25 +10,17 @@
 namespace metal = moefuse::metal;
 namespace mx = mlx::core;
 
-// Greedy sampling of the logits.
-static std::vector<metal::Call> sampling_calls(int rows, int vocab) {
+// The logits' part of sample_greedy.
+static metal::Call sampling_call(int rows, int vocab) {
   const int parts = metal::blocks(vocab, 2048);
-  const mx::array logits = mx::zeros({rows, vocab}), tops = mx::zeros({rows, parts}, mx::uint32),
-                  places = tops;
-  return {{&metal::kernel_text("sample_greedy_parts"),
-           {logits},
-           {mx::float32, vocab},
-           {tops.shape(), places.shape()},
-           {mx::uint32, mx::uint32},
-           {parts, rows, 1},
-           256},
-          {&metal::kernel_text("sample_greedy"),
-           {tops, places},
-           {parts},
-           {{rows}},
-           {mx::uint32},
-           {rows, 1, 1},
-           32}};
+  const mx::array logits = mx::zeros({rows, vocab});
+  return {&metal::kernel_text("sample_greedy_parts"),
+          {logits},
+          {mx::float32, vocab},
+          {{rows, parts}, {rows, parts}},
+          {mx::uint32, mx::uint32},
+          {parts, rows, 1},
+          256};
 }
 
 int main(int argc, char** argv) {
@@ -41,8 +33,11 @@ int main(int argc, char** argv) {
     return 1;
   }
   std::vector<metal::Call> calls = calls_of(plan, rows, splits);
-  const auto sampling = sampling_calls(rows, plan.config.vocab_size);
-  calls.insert(calls.begin(), sampling.begin(), sampling.end());
+  for (const metal::Call& call : calls_of(plan, rows, splits, true))
+    if (call.kernel->name == "moefuse_grid_head_greedy" ||
+        call.kernel->name == "moefuse_sample_greedy")
+      calls.insert(calls.begin(), call);
+  calls.insert(calls.begin(), sampling_call(rows, plan.config.vocab_size));
   for (const metal::Call& call : calls)
     std::fprintf(stderr, "%-32s %4d x %3d x %2d blocks of %4d threads\n", call.kernel->name.c_str(),
                  call.groups.x, call.groups.y, call.groups.z, call.threads);

@@ -34,6 +34,9 @@ KERNEL_END
 KERNEL_BEGIN(grid_head, GRID_HEAD_SIGNATURE)
 #include "grid_head.body"
 KERNEL_END
+KERNEL_BEGIN(grid_head_greedy, GRID_HEAD_GREEDY_SIGNATURE)
+#include "grid_head_greedy.body"
+KERNEL_END
 KERNEL_BEGIN(grid_heads, GRID_HEADS_SIGNATURE)
 #include "grid_heads.body"
 KERNEL_END

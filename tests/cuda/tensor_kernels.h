@@ -18,6 +18,7 @@
 #include "attend_grouped.h"
 #include "attend_latent.h"
 #include "grid.h"
+#include "head.h"
 #include "route.h"
 #include "sample.h"
 #include "select.h"

@@ -396,6 +396,71 @@ TEST(GridKernels, HeadOfARowAmongOthersHasTheBitsThatItHasAlone) {
   }
 }
 
+// The tokens of grid_head_greedy and sample_greedy.
+template <int Rows, int Blocks>
+struct Greedy : Logits<Rows> {
+  static constexpr int BLOCKS = Blocks, PARTS = Blocks;
+};
+template <int ROWS, int BLOCKS>
+std::vector<uint> tokens_of(Stack<T>& m, const std::vector<float>& x, Buffer<T>& norm) {
+  using P = Greedy<ROWS, BLOCKS>;
+  Buffer<float> in(x), eps(std::vector<float>(16, 1e-6f));
+  const kernels::Sizes sizes = {.rows = ROWS, .capacity = 0, .batches = 0, .sequences = 1};
+  auto [out] = in_every_order([&](Order order) {
+    auto tops = Buffer<uint>::output(ROWS * P::BLOCKS), places = tops;
+    auto token = Buffer<uint>::output(ROWS);
+    kernels::grid_head_greedy<P> head{in, norm, eps, m.weight, m.scales, m.biases, tops, places};
+    kernels::sample_greedy<P> sample{tops, places, token};
+    check_sizes(head, sizes);
+    check_sizes(sample, sizes);
+    emulator::dispatch({P::BLOCKS, 1, 1}, 256, order, [&] { head(); });
+    emulator::dispatch({ROWS, 1, 1}, 32, order, [&] { sample(); });
+    return std::tuple(token);
+  });
+  return out.values();
+}
+
+template <int ROWS, int BLOCKS>
+void expect_tokens_of_the_logits(Stack<T>& m, const std::vector<float>& all, Buffer<T>& norm) {
+  using P = Logits<ROWS>;
+  const std::vector<float> x(all.begin(), all.begin() + ROWS * P::H);
+  const auto logits = head_of<ROWS>(m, x, norm);
+  const auto tokens = tokens_of<ROWS, BLOCKS>(m, x, norm);
+  for (int r = 0; r < ROWS; ++r) {
+    const auto row = logits.begin() + r * P::N;
+    const auto number = [](float v) { return std::isnan(v) ? INFINITY : v; };
+    const auto want =
+        std::max_element(row, row + P::N, [&](float a, float b) { return number(a) < number(b); });
+    EXPECT_EQ(tokens[r], want - row) << "row " << r << " of " << ROWS;
+  }
+}
+
+template <typename V>
+Buffer<V> twice(const Buffer<V>& half) {
+  std::vector<V> all = half.values();
+  all.insert(all.end(), half.values().begin(), half.values().end());
+  return Buffer<V>(all);
+}
+
+// Each row of the matrix stands there twice, so that every largest logit has an equal one in
+// another tile; at last a row of what is no number, of which the first is the token.
+TEST(GridKernels, GreedyHeadHasTheFirstOfTheLargestLogits) {
+  using P = Logits<1>;
+  Stack<T> m(1, P::N / 2, P::H, 4, 64);
+  m.weight = twice(m.weight);
+  m.scales = twice(m.scales);
+  m.biases = twice(m.biases);
+  Buffer<T> norm(uniform_vector<T>(P::H, 0.5f, 1.5f));
+  for (int draw = 0; draw < 6; ++draw) {
+    auto x = uniform_vector<float>(4 * P::H, -3.0f, 3.0f);
+    if (draw == 5) x[P::H + 70] = NAN;
+    expect_tokens_of_the_logits<1, 1>(m, x, norm);
+    expect_tokens_of_the_logits<1, 2>(m, x, norm);
+    expect_tokens_of_the_logits<3, 1>(m, x, norm);
+    expect_tokens_of_the_logits<4, 2>(m, x, norm);
+  }
+}
+
 template <int Tiles, int Warps, int Depth>
 struct Moe {
   using T = bfloat16_t;

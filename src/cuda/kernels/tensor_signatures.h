@@ -21,6 +21,12 @@
   IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(, 1, N, H) \
   OUT(float, out, ROWS * N)
 
+// BLOCKS: of the grid.
+#define GRID_HEAD_GREEDY_SIGNATURE \
+  TYPE(T) INT(ROWS) INT(DEPTH) INT(H) INT(N) INT(BLOCKS) \
+  IN(float, x, ROWS * H) IN(T, norm_weight, H) IN(float, eps, 16) GRID_IN(, 1, N, H) \
+  OUT(uint, tops, ROWS * BLOCKS) OUT(uint, places, ROWS * BLOCKS)
+
 // router: [E, columns + N] as fold_router makes it, something else where E is 0. logits lack the
 // norm's scale, whose parts are in squares.
 #define GRID_LINEAR_RESIDUAL_SIGNATURE \
@@ -111,6 +117,7 @@
   KERNEL(grid_gate_up, GRID_GATE_UP_SIGNATURE) \
   KERNEL(grid_gate_up_dense, GRID_GATE_UP_DENSE_SIGNATURE) \
   KERNEL(grid_head, GRID_HEAD_SIGNATURE) \
+  KERNEL(grid_head_greedy, GRID_HEAD_GREEDY_SIGNATURE) \
   KERNEL(grid_heads, GRID_HEADS_SIGNATURE) \
   KERNEL(grid_linear_residual, GRID_LINEAR_RESIDUAL_SIGNATURE) \
   KERNEL(grid_project, GRID_PROJECT_SIGNATURE) \
