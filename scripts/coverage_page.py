@@ -18,8 +18,8 @@ HEAD = """# What was asked for, and what there is
 
 Written by `scripts/coverage_page.py` from the ledger and [asked.json](../benchmarks/asked.json); do
 not edit. Each variant and each cell on each device has a row, or the reason why it has none, or
-none of the whole model. A gain counts only above the A/A interval; decisions and the reject list are in
-[RANKING.md](../benchmarks/RANKING.md).
+none of the whole model. A gain counts only above the A/A interval; decisions and the reject list
+are in [RANKING.md](../benchmarks/RANKING.md).
 """
 
 

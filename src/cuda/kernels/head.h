@@ -15,8 +15,7 @@ FUNC HeadRing<T, ROWS, DEPTH> load_head(Affine<W, S> m, uint tile, uint stride, 
   UNROLL for (int i = 0; i < DEPTH; ++i) {
     uint ahead = tile + uint(i) / SLICES * stride;
     if (ahead < uint(TILES)) {
-      ring.tiles[i] =
-          load_tile<H, T, ROWS, N % 16 == 0>(m, ahead * 16u, N - 1u, i % SLICES, lane);
+      ring.tiles[i] = load_tile<H, T, ROWS, N % 16 == 0>(m, ahead * 16u, N - 1u, i % SLICES, lane);
     }
   }
   return ring;
@@ -35,8 +34,8 @@ FUNC void walk_head(HeadRing<T, ROWS, DEPTH>& ring, Affine<W, S> m, uint tile, u
       y = tile_dot<ROWS, T>(y, ring.tiles[s % DEPTH], p);
       uint ahead = tile + uint(s + DEPTH) / SLICES * stride;
       if (ahead < uint(TILES)) {
-        ring.tiles[s % DEPTH] = load_tile<H, T, ROWS, N % 16 == 0>(m, ahead * 16u, N - 1u,
-                                                                   (s + DEPTH) % SLICES, lane);
+        ring.tiles[s % DEPTH] =
+            load_tile<H, T, ROWS, N % 16 == 0>(m, ahead * 16u, N - 1u, (s + DEPTH) % SLICES, lane);
       }
     }
     UNROLL for (int set = 0; set < Sharing<ROWS>::SETS; ++set) {
