@@ -70,7 +70,7 @@ exec > >(stamped | tee -a "$evidence/campaign.log") 2>&1
 trap finish EXIT
 trap 'exit 130' INT TERM
 
-"$PYTHON" - <<'PY' || exit 2
+"$PYTHON" - $rehearse <<'PY' || exit 2
 import importlib, sys
 
 needed = ("mlx.core", "mlx_lm", "moefuse", "scipy", "jsonschema", "typer", "rich", "matplotlib")
@@ -81,7 +81,11 @@ for name in needed:
         sys.exit(f"campaign: {name}: {error}")
 from moefuse.lab import environment
 
-print(environment.device_name(), environment.gpu(), "commit", environment.commit(environment.Path()))
+commit = environment.commit(environment.Path())
+print(environment.device_name(), environment.gpu(), "commit", commit)
+if len(sys.argv) == 1 and (not commit or commit.endswith("-dirty")):
+    sys.exit(f"campaign: commit {commit}: expected a clean checkout, or none and MOEFUSE_GIT_COMMIT: "
+             "what it measures could not be imported")
 PY
 echo "weights in $weights: $(df -h --output=avail "$weights" | tail -1) free"
 (while sleep 20; do pack; done) &

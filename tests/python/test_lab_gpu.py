@@ -283,3 +283,14 @@ def test_campaign_script_says_what_is_missing(tmp_path):
     assert done.returncode == 2 and "campaign: mlx.core: No module named 'mlx'" in done.stdout
     assert (tmp_path / "out" / "evidence.tar.gz").is_file()
     assert not list(tmp_path.glob("moefuse.*"))  # its own folder is gone
+
+
+def test_campaign_script_begins_with_no_commit_that_could_not_be_imported(tmp_path):
+    done = subprocess.run(
+        ["bash", str(CUDA / "campaign.sh"), str(tmp_path / "out"), "60", "cells"],
+        env={**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path),
+             "GIT_DIR": str(tmp_path / "none"), "MOEFUSE_GIT_COMMIT": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "expected a clean checkout" in done.stdout
+    assert "checkpoints written" not in done.stdout
