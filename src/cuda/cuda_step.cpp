@@ -39,7 +39,13 @@ CudaStep::CudaStep(const Plan& plan, Accumulate accumulate)
       tensor_(tensor_wanted() && tensor_refusal(plan).empty()) {
   if (!tensor_) metal::check_limits(plan_);
 }
-CudaStep::~CudaStep() = default;
+// Steps whose results nobody waited for still write to what goes with the graphs.
+CudaStep::~CudaStep() {
+  try {
+    wait();
+  } catch (const std::exception&) {  // the next call on that stream meets it too
+  }
+}
 
 // The graph of this many rows and stretches, on these caches.
 Replay& CudaStep::recorded(int rows, int longest, bool greedy,
