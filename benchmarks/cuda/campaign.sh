@@ -83,7 +83,7 @@ from moefuse.lab import environment
 
 commit = environment.commit(environment.Path())
 print(environment.device_name(), environment.gpu(), "commit", commit)
-if len(sys.argv) == 1 and (not commit or commit.endswith("-dirty")):
+if len(sys.argv) == 1 and not environment.clean(commit):
     sys.exit(f"campaign: commit {commit}: expected a clean checkout, or none and MOEFUSE_GIT_COMMIT: "
              "what it measures could not be imported")
 PY

@@ -37,10 +37,10 @@ class StepNode : public mx::Primitive {
  public:
   // kept: the tokens that the launch reads and what it writes stay in memory in any case.
   StepNode(mx::Stream s, mx::array result, bool kept)
-      : mx::Primitive(s), result_(std::move(result)), kept_(kept) {}
+      : mx::Primitive(s), result_(std::move(result)), done_(kept) {}
   // Of a result that nobody wanted: the tokens have to live until they were read.
   ~StepNode() override {
-    if (wanted_ || kept_) return;
+    if (done_) return;
     try {
       mx::synchronize(stream());
     } catch (const std::exception&) {  // the next call meets it too
@@ -52,15 +52,14 @@ class StepNode : public mx::Primitive {
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>& outputs) override {
     outputs[0].copy_shared_buffer(result_, outputs[0].strides(), result_.flags(),
                                   outputs[0].size());
-    wanted_ = true;
+    done_ = true;
   }
   const char* name() const override { return "MoefuseStep"; }
   const mx::array& result() const { return result_; }
 
  private:
   mx::array result_;
-  bool kept_;
-  bool wanted_ = false;
+  bool done_;  // nothing is left that has to live until the launch has ended
 };
 
 // Evaluated, or on its way in front of what comes next on the stream.

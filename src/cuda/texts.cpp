@@ -39,7 +39,8 @@ std::string signature_and_body(const metal::Call& call, int result) {
     else
       text += "constexpr bool " + name + " = " + (std::get<bool>(arg) ? "true" : "false") + ";\n";
   }
-  return text + (k.waits ? "" : "let_next_start();\nwait_for_inputs();\n") + k.cuda_body + "}\n";
+  const bool waits = k.cuda_body.find("wait_for_inputs") != std::string::npos;  // CUDA's own texts
+  return text + (waits ? "" : "let_next_start();\nwait_for_inputs();\n") + k.cuda_body + "}\n";
 }
 
 std::map<std::string, Function>& functions() {

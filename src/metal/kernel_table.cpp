@@ -63,15 +63,14 @@ std::vector<KernelText> build_table() {
   KERNEL(moe_experts_gate_up_shared, MOE_EXPERTS_GATE_UP_SHARED_SIGNATURE, kExperts)
   KERNEL(moe_experts_down_residual, MOE_EXPERTS_DOWN_RESIDUAL_SIGNATURE, kDown)
   KERNEL(moe_experts_down_shared, MOE_EXPERTS_DOWN_SHARED_SIGNATURE, kDown)
-#define CUDA_KERNEL(stem, signature)                                    \
-  {                                                                     \
-    KernelText k;                                                       \
-    k.name = "moefuse_" #stem;                                          \
-    k.cuda_header = text::dialect_cuda_h + kSampling;                   \
-    k.cuda_body = text::stem##_body;                                    \
-    k.waits = k.cuda_body.find("wait_for_inputs") != std::string::npos; \
-    if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster;    \
-    signature table.push_back(k);                                       \
+#define CUDA_KERNEL(stem, signature)                                 \
+  {                                                                  \
+    KernelText k;                                                    \
+    k.name = "moefuse_" #stem;                                       \
+    k.cuda_header = text::dialect_cuda_h + kSampling;                \
+    k.cuda_body = text::stem##_body;                                 \
+    if (k.name.starts_with("moefuse_cluster")) k.cluster = kCluster; \
+    signature table.push_back(k);                                    \
   }
   MOEFUSE_GRID_KERNELS(CUDA_KERNEL)
   MOEFUSE_CLUSTER_KERNELS(CUDA_KERNEL)

@@ -14,8 +14,7 @@ struct KernelText {
   std::vector<std::string> template_names, input_names, output_names;
   // header: dialect and helpers; body: what fast::metal_kernel or fast::cuda_kernel wraps.
   std::string metal_header, metal_body, cuda_header, cuda_body;
-  int cluster = 1;     // blocks along x that meet in a cluster, in CUDA's step
-  bool waits = false;  // for its inputs itself: CUDA's own texts
+  int cluster = 1;  // blocks along x that meet in a cluster, in CUDA's step
 };
 
 // Throws std::invalid_argument on a name that is not in the table.

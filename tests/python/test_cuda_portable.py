@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
-from pathlib import Path
 
 import pytest
+from script_support import load
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda" / "prune_fatbin.py"
-spec = importlib.util.spec_from_file_location("prune_fatbin", SCRIPT)
-prune_fatbin = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prune_fatbin)
+prune_fatbin = load("benchmarks/cuda/prune_fatbin.py")
 PTX, CODE = 1, 2
 
 

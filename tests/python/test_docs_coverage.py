@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 from moefuse.lab import ranking
+from script_support import ROOT, load
 
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("coverage", ROOT / "scripts" / "coverage_page.py")
-coverage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(coverage)
+coverage = load("scripts/coverage_page.py")
 
 
 @pytest.fixture(scope="module")

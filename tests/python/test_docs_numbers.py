@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 from moefuse.lab import ledger
+from script_support import ROOT, load
 
-ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A figure of a cell tells which: NAME.json#CONTEXTxBATCH.
 FIGURE = re.compile(r"\[([\d.]+)x\]\([^)]*?(repro_capsules/[^)#]+\.json)(?:#(\d+x\d+))?\)")
 
-spec = importlib.util.spec_from_file_location("numbers_page", ROOT / "scripts" / "numbers_page.py")
-numbers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(numbers)
+numbers = load("scripts/numbers_page.py")
 
 
 def rows() -> dict[str, dict]:

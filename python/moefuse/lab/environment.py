@@ -56,6 +56,11 @@ def commit(root: Path) -> str | None:
     return head + ("-dirty" if changed else "")
 
 
+def clean(commit: str | None) -> bool:
+    """Whether it names code that can be checked out again."""
+    return bool(commit) and not commit.endswith("-dirty")
+
+
 def relative(path: Path, root: Path) -> str:
     """Path as a capsule may show it: relative to the repository, else its last part alone."""
     path, root = path.resolve(), root.resolve()

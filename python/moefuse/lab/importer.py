@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from . import LabError, bench, capsule, files, ledger, notebook
+from . import LabError, bench, capsule, environment, files, ledger, notebook
 
 # Python 3.11.2, Debian 12's, has no filters; _check_members does not need them.
 _FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
@@ -89,7 +89,7 @@ def _order(found: dict) -> tuple:
 def _require_code(name: str, found: dict) -> None:
     """Only figures of code that can be checked out again enter the ledger."""
     commit = found["meta"]["git_commit"]
-    if not commit or commit.endswith("-dirty"):
+    if not environment.clean(commit):
         raise LabError(f"[import] {name} git_commit: expected a clean commit, got {commit}")
 
 

@@ -331,6 +331,14 @@ FUNC RowPart<COLS, THREADS> load_row(X x, uint thread_at) {
   return part;
 }
 
+// ROWS of them, `stride` apart: all on their way before the first is put down.
+template <int ROWS, int COLS, int THREADS, typename X>
+FUNC void load_rows(RowPart<COLS, THREADS> (&rows)[ROWS], X x, int stride, uint thread_at) {
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    rows[r] = load_row<COLS, THREADS>(x + r * stride, thread_at);
+  }
+}
+
 // A row times a norm's gains.
 template <int COLS, int THREADS>
 FUNC RowPart<COLS, THREADS> gained(RowPart<COLS, THREADS> row,
@@ -367,15 +375,13 @@ FUNC void normed_row_on_grid(const RowPart<COLS, THREADS>& row, const RowPart<CO
   if (thread_at % 32u == 0u) squares[thread_at / 32u] = square;
 }
 
-// ROWS of them, `stride` apart: all on their way before the first is put down.
+// ROWS of them, `stride` apart.
 template <int ROWS, int COLS, int THREADS, typename X, typename P, typename F>
 FUNC void normed_rows_on_grid(X x, int stride, const RowPart<COLS, THREADS>& gains, P planes,
                               F steps, F sums, F squares, uint thread_at) {
   constexpr int GROUPS = slices(COLS) * 4;
   RowPart<COLS, THREADS> rows[ROWS];
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    rows[r] = load_row<COLS, THREADS>(x + r * stride, thread_at);
-  }
+  load_rows<ROWS, COLS, THREADS>(rows, x, stride, thread_at);
   UNROLL for (int r = 0; r < ROWS; ++r) {
     normed_row_on_grid<COLS, THREADS>(rows[r], gains, planes + r * plane_words(COLS),
                                       steps + r * GROUPS, sums + r * GROUPS,

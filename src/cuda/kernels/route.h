@@ -36,11 +36,6 @@ FUNC float part_dot(const RowPart<COLS, THREADS>& a, const RowPart<COLS, THREADS
   return sum;
 }
 
-template <int ROWS, int N, int THREADS, typename X>
-FUNC void load_rows(RowPart<N, THREADS> (&rows)[ROWS], X x, uint thread_at) {
-  UNROLL for (int i = 0; i < ROWS; ++i) rows[i] = load_row<N, THREADS>(x + i * N, thread_at);
-}
-
 // Each warp's sums in products: [ROWS][EACH][warps]. own: the layer's rows.
 template <int ROWS, int EACH, int K, int N, int THREADS, typename F>
 FUNC void dot_routers(const RouterPart<EACH, K, N, THREADS>& part,

@@ -8,3 +8,12 @@ FUNC void first_of_largest(uint& top, uint& place) {
   place = ~lane_max(top == largest ? ~place : 0u);
   top = largest;
 }
+// Both of them to place `at`.
+template <typename P>
+FUNC void put_first_of_largest(uint top, uint place, P tops, P places, uint at, uint lane) {
+  first_of_largest(top, place);
+  if (lane == 0u) {
+    tops[at] = top;
+    places[at] = place;
+  }
+}
