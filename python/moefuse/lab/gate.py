@@ -124,7 +124,7 @@ class Gate(Session):
         """Verdict on ever smaller errors of one of faults.GRADED, halved until one is missed."""
         verdicts, error, caught = {}, 1.0, None
         while error >= smallest:
-            verdict = self.check_fault(f"{kind}:{error}", variant).verdict
+            verdict = self._plant(f"{kind}:{error}", variant).verdict
             verdicts[error] = verdict
             if verdict != "fail":
                 break
