@@ -28,14 +28,19 @@ printf '\0' > $build/seeds-plan/qwen3_moe
 printf '\1' > $build/seeds-plan/glm4_moe_lite
 # A plan makes a hundred arrays: the stack of each allocation would take longer than the rest.
 export ASAN_OPTIONS="malloc_context_size=0:quarantine_size_mb=16"
+running=
 for target in ${MOEFUSE_FUZZ:-load plan}; do
   case $target in
     load) options="-max_len=4096 -dict=tests/fuzz/load.dict" ;;
     plan) options="-max_len=128" ;;
   esac
-  # An allocation of 64 MB, or two seconds, is out of all proportion. libFuzzer ends a finding with
-  # 77, with which this script would say that it was skipped.
+  # An allocation of 64 MB, or two seconds, is out of all proportion.
   $fixed $build/tests/fuzz/fuzz_$target -runs="$runs" $options -malloc_limit_mb=64 -timeout=2 \
     -rss_limit_mb=2048 -artifact_prefix=$build/ -print_final_stats=1 "$@" \
-    $build/corpus-$target $build/seeds-$target || exit 1
+    $build/corpus-$target $build/seeds-$target &
+  running="$running $!"
 done
+# libFuzzer ends a finding with 77, with which this script would say that it was skipped.
+found=0
+for process in $running; do wait "$process" || found=1; done
+exit $found
