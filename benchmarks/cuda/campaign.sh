@@ -14,6 +14,7 @@
 # default: a folder of its own, gone at the end), CAMPAIGN_EVIDENCE (OUT/evidence.tar.gz of a run that
 # was stopped, of the same commit on such a GPU: goes on with its timed runs), CAMPAIGN_KERNELS
 # (OUT/kernels.tar.gz of an earlier run on such a GPU with the same MLX: saves what MLX compiles).
+# Several GPUs: a call for each model with a CUDA_VISIBLE_DEVICES and CAMPAIGN_WEIGHTS of its own.
 # shellcheck disable=SC2086
 set -u
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
