@@ -2,8 +2,8 @@
 
 Stock mlx-lm against itself, the step against itself (the same tokens every time), the step against
 the CPU's executor and against stock (where they part, by how much the CPU's executor, in float32,
-prefers the other's token);
-rows of a batch against each alone; one generation to the end of the context; both models at once.
+prefers the other's token); rows of a batch against each alone; one generation to the end of the
+context; both models at once.
 Where stock cannot process the prompt (MLX 0.32.4 lacks products of some shapes on CUDA), the step
 takes it token by token.
 Exits with 1 where the step's tokens differ from its own, or part by more than a tie.
@@ -22,6 +22,8 @@ import moefuse
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from moefuse.lab.fidelity import Window
+from moefuse.lab.oracle import forced_logits
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 TOKENS = 200
@@ -62,14 +64,10 @@ def margin(
     """
     with OnCpu():
         moefuse.patch(model, step=True, accumulate="fp32_no_fma")
-        cache = make_prompt_cache(model)
-        for begin in range(0, len(prompt) - 1, chunk):
-            model(mx.array([prompt[begin : min(begin + chunk, len(prompt) - 1)]]), cache=cache)
-        for token in (prompt[-1], *agreed):
-            logits = model(mx.array([[token]]), cache=cache)
+        every = Window("", 0, len(agreed) + 1)
+        logits = forced_logits(model, prompt, agreed, every, chunk)[-1]
         moefuse.unpatch(model)
-        logits = logits[0, -1].astype(mx.float32)
-        return (logits[theirs] - logits[ours]).item()
+    return float(logits[theirs] - logits[ours])
 
 
 def on_cpu(model, prompts: list[list[int]], chunk: int) -> list[list[int]]:
@@ -86,8 +84,8 @@ def partings(label: str, model, prompts, step, other, chunk: int) -> list[str]:
     for prompt, ours, theirs in zip(prompts, step, other, strict=True):
         at = parting(ours, theirs)
         if at is not None:
-            gap = margin(model, prompt, ours[:at], ours[at], theirs[at], chunk)
-            parted.append((at, gap))
+            by = margin(model, prompt, ours[:at], ours[at], theirs[at], chunk)
+            parted.append((at, by))
     print(
         f"  step against {label}: {len(prompts) - len(parted)} of {len(prompts)} the same;"
         f" parted at (place, the executor's margin): {[(a, round(m, 3)) for a, m in parted]}"
